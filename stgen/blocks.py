@@ -1,0 +1,130 @@
+"""One layer of the transformer: mixers in turn, the prompt, the MLP, each modulated and gated by time and text.
+
+The modulation is adaLN-single (PixArt-alpha, arXiv:2310.00426, section 2.3): one projection of the conditioning serves
+all layers, each layer adds its own table. Gates start at zero, so a layer starts as the identity; nothing else that
+lies on the same path does, or neither factor would ever receive a gradient.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from stgen.attention.attend import Attention, CrossAttention, MixerSpec
+from stgen.ops.cost import linear_flops
+from stgen.tokens import Grid
+
+
+class ModulationTable(nn.Module):
+    """A layer's own offsets to the shared shift, scale and gate."""
+
+    no_decay = ("table",)
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(3, width))
+
+    def forward(self, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """shared [B, 3, C] -> shift, scale, gate, each [B, 1, C]."""
+        shift, scale, gate = (shared + self.table).unsqueeze(2).unbind(1)
+        return shift, scale, gate
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate="tanh")
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Mixing(nn.Module):
+    """One term of a layer: branches on one modulated, normed input, their outputs added."""
+
+    def __init__(self, width: int, heads: int, branches: tuple[tuple[MixerSpec, ...], ...], qk_norm: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = ModulationTable(width)
+        self.branches = nn.ModuleList(Attention(width, heads, specs, qk_norm) for specs in branches)
+
+    def forward(self, x: Tensor, grid: Grid, rope, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """The gated update of x [B, N, C], and the modulated input that it was made from."""
+        shift, scale, gate = self.modulation(shared)
+        h = modulate(self.norm(x), shift, scale)
+        outs = [branch(h, grid, rope) for branch in self.branches]
+        return gate * sum(outs[1:], outs[0]), h
+
+
+class Prompting(nn.Module):
+    """Cross-attention to the prompt, gated per channel from zero."""
+
+    no_decay = ("gate",)
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.cross_attn = CrossAttention(width, heads, qk_norm)
+        self.gate = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        return self.gate * self.cross_attn(self.norm(x), text, text_mask)
+
+
+class Block(nn.Module):
+    """A layer of the plan: its terms in turn, then the prompt, then the MLP (or the MLP beside the last term)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        terms: tuple[tuple[tuple[MixerSpec, ...], ...], ...],
+        *,
+        mlp_ratio: float,
+        parallel_mlp: bool,
+        cross: bool,
+        qk_norm: bool,
+    ):
+        super().__init__()
+        self.mixing = nn.ModuleList(Mixing(width, heads, branches, qk_norm) for branches in terms)
+        self.prompting = Prompting(width, heads, qk_norm) if cross else None
+        self.parallel_mlp = parallel_mlp
+        self.mlp_norm = None if parallel_mlp else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp_modulation = ModulationTable(width)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        rope: tuple[Tensor, Tensor] | None,
+        shared: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> Tensor:
+        """x [B, N, C]; shared modulation [B, 6, C], mixers' three then the MLP's; text [B, L, C] -> [B, N, C]."""
+        mixer_shared, mlp_shared = shared.chunk(2, dim=1)
+        shift, scale, gate = self.mlp_modulation(mlp_shared)
+        last = len(self.mixing) - 1
+        for i, mixing in enumerate(self.mixing):
+            update, h = mixing(x, grid, rope, mixer_shared)
+            if self.parallel_mlp and i == last:
+                update = update + gate * self.mlp(h)
+            x = x + update
+        if self.prompting is not None:
+            x = x + self.prompting(x, text, text_mask)
+        if self.mlp_norm is not None:
+            x = x + gate * self.mlp(modulate(self.mlp_norm(x), shift, scale))
+        return x
+
+    def flops(self, grid: Grid, text_tokens: int) -> int:
+        """Operations of a forward pass over one clip."""
+        total = 2 * linear_flops(grid.tokens, self.mlp.up.in_features, self.mlp.up.out_features)
+        total += sum(branch.flops(grid) for mixing in self.mixing for branch in mixing.branches)
+        if self.prompting is not None:
+            total += self.prompting.cross_attn.flops(grid.tokens, text_tokens)
+        return total

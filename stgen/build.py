@@ -1,0 +1,168 @@
+"""From a config to the parts of a run, and from a run folder back to a pipeline."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stgen import checkpoint, codec, config, schema, text
+from stgen.model import VideoTransformer
+from stgen.objective import Objective
+from stgen.pipeline import VideoPipeline, build_scheduler
+from stgen.tokens import grid_of
+
+
+class BuildError(ValueError):
+    """A config or folder from which nothing can be built; one sentence that says what to do."""
+
+
+@dataclass
+class Parts:
+    """What is trained and what it needs around it."""
+
+    codec: Any  # the component: PatchPCA, Pixels or a diffusers autoencoder
+    text_encoder: Any
+    tokenizer: Any
+    transformer: VideoTransformer
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Modules whose weights are learned, by the names that checkpoints use."""
+        learned = {"transformer": self.transformer}
+        return learned if self.tokenizer is not None else {**learned, "text_encoder": self.text_encoder}
+
+    def to(self, device: torch.device) -> "Parts":
+        for module in (self.codec, self.text_encoder, self.transformer):
+            module.to(device)
+        return self
+
+
+def device_of(cfg: schema.Config) -> torch.device:
+    """The device that run.device names. Raises BuildError for CUDA where there is none."""
+    if cfg.run.device == "cuda" and not torch.cuda.is_available():
+        raise BuildError("run.device: cuda is asked for but PyTorch finds no CUDA device; write auto or cpu")
+    cuda = cfg.run.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def build_codec(cfg: schema.Config) -> Any:
+    """The codec's component, not yet fitted."""
+    match cfg.codec:
+        case schema.PatchPCA(patch_size=patch, components=components):
+            return codec.PatchPCA(patch, components)
+        case schema.PixelCodec():
+            return codec.Pixels()
+        case schema.AutoencoderCodec(path=path, subfolder=subfolder, dtype=dtype):
+            return codec.load_autoencoder(path, subfolder, dtype)
+
+
+def build_text(cfg: schema.Config, captions: Sequence[str]) -> tuple[Any, Any, int]:
+    """Text encoder, tokenizer (None for a learned encoder) and width of an embedding."""
+    if isinstance(cfg.text, schema.PretrainedText):
+        return text.load_pretrained(cfg.text.path, cfg.text.subfolder)
+    vocabulary = text.vocabulary_of(captions) if cfg.text.kind == "words" else None
+    return text.LearnedTextEncoder(vocabulary, cfg.text.width, cfg.text.max_length), None, cfg.text.width
+
+
+def build_transformer(cfg: schema.Config, latent_shape: tuple[int, int, int, int], text_width: int) -> VideoTransformer:
+    """The model for latents of shape (channels, frames, rows, columns)."""
+    channels, *extents = latent_shape
+    grid = grid_of(tuple(extents), cfg.tokens.patch_size)
+    transformer = VideoTransformer(
+        in_channels=channels,
+        grid=(grid.t, grid.h, grid.w),
+        patch_size=cfg.tokens.patch_size,
+        width=cfg.model.width,
+        depth=cfg.model.depth,
+        heads=cfg.model.heads,
+        plan=cfg.model.plan,
+        mixers={name: cfg.model.mixer(name).model_dump(mode="json") for name in cfg.model.mixer_names},
+        mlp_ratio=cfg.model.mlp.ratio,
+        mlp_placement=cfg.model.mlp.placement,
+        qk_norm=cfg.model.qk_norm,
+        positions=cfg.tokens.positions,
+        text_width=text_width,
+        conditioning=cfg.text.conditioning,
+    )
+    if cfg.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def build_parts(cfg: schema.Config, captions: Sequence[str]) -> Parts:
+    """All parts with fresh weights drawn from run.seed; the codec is not yet fitted."""
+    torch.manual_seed(cfg.run.seed)
+    component = build_codec(cfg)
+    text_encoder, tokenizer, text_width = build_text(cfg, captions)
+    shape = codec.as_codec(component).latent_shape(cfg.data.num_frames, cfg.data.height, cfg.data.width)
+    return Parts(component, text_encoder, tokenizer, build_transformer(cfg, shape, text_width))
+
+
+def build_pipeline(cfg: schema.Config, parts: Parts, fps: float) -> VideoPipeline:
+    """The sampling face of the parts; `fps` is that of the training clips."""
+    objective = Objective(**cfg.objective.model_dump())
+    return VideoPipeline(
+        parts.transformer,
+        parts.codec,
+        parts.text_encoder,
+        build_scheduler(cfg.validation.scheduler, objective),
+        parts.tokenizer,
+        objective=cfg.objective.model_dump(),
+        sampling={
+            "num_frames": cfg.data.num_frames,
+            "height": cfg.data.height,
+            "width": cfg.data.width,
+            "fps": fps,
+            "num_inference_steps": cfg.validation.num_inference_steps,
+            "guidance_scale": cfg.validation.guidance_scale,
+            "max_length": cfg.text.max_length,
+        },
+    )
+
+
+# --------------------------------------------------------------------------------------- states in checkpoints
+
+
+def codec_tensors(component: Any) -> dict[str, torch.Tensor]:
+    """Tensors of a codec fitted here; an autoencoder stays where it was loaded from."""
+    return component.state_dict() if hasattr(component, "fit") else {}
+
+
+def load_weights(parts: Parts, tensors: dict[str, torch.Tensor]) -> None:
+    """Load weights named `{module}.{path}` as checkpoints hold them.
+
+    Raises CheckpointError listing every key that is missing, unexpected or misshapen.
+    """
+    holder = nn.ModuleDict(parts.trained)
+    checkpoint.load_into(holder, tensors, "model")
+
+
+def load_pipeline(folder: Path, weights: str = "ema") -> VideoPipeline:
+    """A pipeline from a run folder, one of its checkpoints or a saved pipeline; `weights` is ema or raw.
+
+    A finished run's `final/` holds the averaged weights; raw weights come from its newest checkpoint.
+    Raises BuildError when the folder holds none of these.
+    """
+    if (folder / "model_index.json").is_file():
+        if weights == "raw":
+            raise BuildError(
+                f"{folder} is a saved pipeline and holds one set of weights; raw ones are in a run's checkpoints"
+            )
+        return VideoPipeline.from_pretrained(folder, use_safetensors=True)
+    if weights == "ema" and (folder / "final" / "model_index.json").is_file():
+        return VideoPipeline.from_pretrained(folder / "final", use_safetensors=True)
+    run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
+    if not (run_dir / "config.yaml").is_file():
+        raise BuildError(f"{folder} is neither a run folder (config.yaml) nor a saved pipeline (model_index.json)")
+    loaded = checkpoint.resolve(run_dir, "latest" if run_dir == folder else str(folder))
+    if loaded is None:
+        raise BuildError(f"{folder} has no checkpoint yet; train on, or lower checkpoint.steps")
+    cfg = config.load(run_dir / "config.yaml", [], schema.Config)
+    parts = build_parts(cfg, loaded.state["vocabulary"])
+    if loaded.tensors.get("codec"):
+        checkpoint.load_into(parts.codec, loaded.tensors["codec"], "codec")
+    load_weights(parts, {**loaded.tensors["model"], **(loaded.tensors["ema"] if weights == "ema" else {})})
+    return build_pipeline(cfg, parts, loaded.state["fps"])

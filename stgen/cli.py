@@ -1,0 +1,118 @@
+"""The command line. Arguments are read, and config errors told, before anything heavy is imported."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stgen import config, schema
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script: `stgen train | sample`."""
+    doors = {"train": train, "sample": sample}
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            "usage: stgen {train,sample} ...\n\n  train   train on a folder of videos\n  sample  sample clips from a run"
+        )
+        print("\n`stgen train --help` and `stgen sample --help` tell the rest.")
+        sys.exit(0 if argv else 2)
+    if argv[0] not in doors:
+        sys.exit(_say(f"stgen: no command {argv[0]!r}; there are {', '.join(doors)}"))
+    doors[argv[0]](argv[1:])
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """`train.py CONFIG [key=value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a video diffusion transformer as a config says.",
+        epilog="Keys of a config, each of which may be overridden as key=value:\n\n" + config.help_text(schema.Config),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it costs, then stop")
+    args = parser.parse_intermixed_args(argv)
+    cfg = _config(args.config, args.overrides)
+    if args.dry_run:
+        print(config.dump(cfg))
+    with _told():
+        if args.dry_run:
+            from stgen.describe import dry_run
+            from stgen.train import known_captions
+
+            print(dry_run(cfg, known_captions(cfg)))
+        else:
+            from stgen.train import train as run
+
+            summary = run(cfg)
+            sys.exit(0 if "stopped" not in summary else 130)
+
+
+def sample(argv: Sequence[str] | None = None) -> None:
+    """`sample.py RUN --prompt ...`."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        description="Sample clips from a trained run. Each clip is written as {index:03d}-seed{seed} with a JSON file "
+        "beside it that holds its prompt and settings.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="a run folder, one of its checkpoint folders, or a saved pipeline")
+    add("--prompt", nargs="+", action="extend", metavar="TEXT", help="one prompt or several")
+    add("--prompt_file", type=Path, help="prompts from a .txt (one a line, # comments), .csv or .jsonl file; in the "
+        "latter any of the options below may be a column")  # fmt: skip
+    add("--negative_prompt", default="", help="what guidance leads away from")
+    add("--guidance_scale", type=float, help="classifier-free guidance; 1 or less switches it off (default: the run's)")
+    add("--num_inference_steps", type=int, help="steps of the scheduler (default: the run's)")
+    add("--scheduler", choices=("euler", "heun", "unipc", "dpm++", "ddim"), help="sampler (default: the run's)")
+    add(
+        "--seed", type=int, nargs="+", default=[0], help="seed of the first clip, or one seed for each clip of a prompt"
+    )
+    add("--num_videos_per_prompt", type=int, default=1, help="clips of each prompt, with seeds counting on")
+    add("--num_frames", type=int, help="frames of a clip (default: as trained)")
+    add("--height", type=int, help="height in pixels (default: as trained)")
+    add("--width", type=int, help="width in pixels (default: as trained)")
+    add("--fps", type=float, help="frames per second of the files (default: as trained)")
+    add("--output", nargs="+", choices=("mp4", "gif", "frames", "sheet"), default=["mp4"], help="what to write: mp4, "
+        "gif, a folder of PNG frames, one contact sheet of all clips")  # fmt: skip
+    add("--output_dir", type=Path, help="where to write (default: RUN/samples)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
+    add("--batch_size", type=int, default=8, help="clips computed at once")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
+        "API key, else offline")  # fmt: skip
+    args = parser.parse_args(argv)
+    if not args.prompt and args.prompt_file is None:
+        parser.error("give --prompt or --prompt_file")
+    with _told():
+        from stgen.sample import sample as run
+
+        run(args)
+
+
+def _config(path: Path, overrides: Sequence[str]) -> schema.Config:
+    try:
+        return config.load(path, overrides, schema.Config)
+    except config.ConfigError as error:
+        for line in error.errors:
+            print(line if line.startswith("config error") else f"config error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _told:
+    """Within it an error that we foresaw ends the program in one line instead of a traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, _) -> None:
+        if error is not None and kind.__module__.startswith("stgen.") and isinstance(error, Exception):
+            sys.exit(_say(f"error: {error}", 1))
+
+
+def _say(line: str, code: int = 2) -> int:
+    print(line, file=sys.stderr)
+    return code

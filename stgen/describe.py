@@ -1,0 +1,80 @@
+"""What will run, in words: printed at the start of a run and by --dry-run."""
+
+from collections.abc import Sequence
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stgen import build, codec, flops, schema
+from stgen.build import Parts
+from stgen.flops import readable
+from stgen.tokens import Grid, grid_of
+
+
+def describe(
+    cfg: schema.Config, parts: Parts, grid: Grid, step_flops: int, device: torch.device, data: str = ""
+) -> str:
+    """A few lines: model, tokens, FLOPs, batch, device, data."""
+    train, model = cfg.train, cfg.model
+    limit = (
+        f"{train.max_train_steps} steps"
+        if train.max_train_steps
+        else f"{train.max_train_seconds:g} s"
+        if train.max_train_seconds
+        else f"{train.num_train_epochs:g} epochs"
+    )
+    batch = f"{train.train_batch_size} clips"
+    if train.gradient_accumulation_steps > 1:
+        batch += f" in {train.gradient_accumulation_steps} parts"
+    clip = f"{cfg.data.num_frames} frames of {cfg.data.height}x{cfg.data.width}"
+    rows = {
+        "model": f"{readable(flops.trainable(parts.trained))} parameters, width {model.width}, {model.depth} layers, "
+        f'{model.heads} heads, plan "{model.plan}"',
+        "tokens": f"{grid.tokens} a clip ({grid}), from {clip}",
+        "work": f"{readable(step_flops, 'FLOP')} a step of {batch}, {train.mixed_precision} precision, for {limit}",
+        "device": f"{device.type} ({torch.get_num_threads()} threads)"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(),
+        "data": data,
+        "run folder": str(cfg.output_dir),
+    }
+    return "\n".join(f"{name:<12}{value}" for name, value in rows.items() if value)
+
+
+def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
+    """The same without training, with memory and the plan layer by layer. No weights are allocated for the model."""
+    device = build.device_of(cfg)
+    component = build.build_codec(cfg)
+    text_encoder, tokenizer, text_width = build.build_text(cfg, captions)
+    shape = codec.as_codec(component).latent_shape(cfg.data.num_frames, cfg.data.height, cfg.data.width)
+    grid = grid_of(tuple(shape[1:]), cfg.tokens.patch_size)
+    length = min(cfg.text.max_length, 1 + max((len(c.split()) for c in captions), default=0))
+    part = cfg.train.train_batch_size // cfg.train.gradient_accumulation_steps
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        transformer = build.build_transformer(cfg, shape, text_width)
+        parts = Parts(component, text_encoder, tokenizer, transformer)
+        step = flops.step_flops(transformer, grid, length, cfg.train.train_batch_size, cfg.train.gradient_checkpointing)
+        bf16 = cfg.train.mixed_precision == "bf16"
+        activations = flops.activation_bytes(transformer, shape, (length, text_width), part, bf16)
+    state = 20 * flops.trainable(parts.trained)
+    memory = (
+        f"memory      about {readable(state, 'B')} of weights, gradients, moments and averages, "
+        f"{readable(activations, 'B')} of activations"
+    )
+    layers = [
+        _layer(i, block, layer, grid, length)
+        for i, (block, layer) in enumerate(zip(transformer.blocks, cfg.model.layers, strict=True))
+    ]
+    return "\n".join([describe(cfg, parts, grid, step, device), memory, "plan", *layers])
+
+
+def _layer(i: int, block, layer, grid: Grid, text_tokens: int) -> str:
+    """One layer: its mixers, their sequences, its FLOPs on one clip."""
+    sequences = []
+    for mixing in block.mixing:
+        for branch in mixing.branches:
+            for spec in branch.specs:
+                count, length = spec.layout.sequence(grid)
+                sequences.append(f"{spec.name}: {count} sequences of {length}")
+    cost = readable(block.flops(grid, text_tokens), "FLOP")
+    return f"  {i:>3}  {str(layer):<28} {cost:>12} a clip   {'; '.join(sequences)}"

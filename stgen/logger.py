@@ -1,0 +1,318 @@
+"""What a run reports: metrics.jsonl, always, and Weights & Biases, as long as it works.
+
+metrics.jsonl is the record: one JSON object a line, `global_step` first, the keys of W&B. W&B runs on a thread of its
+own, so that an outage neither stops nor slows training.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import netrc
+import os
+import queue
+import re
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+START_SECONDS = 15.0  # training waits no longer than this for W&B to start
+INIT_SECONDS = 10.0  # of which the server may take so much before offline is tried
+FINISH_SECONDS = 30.0  # the end of a run waits no longer than this for W&B
+QUEUE_LENGTH = 10_000  # calls that may wait for W&B before it is given up
+SECRETS = {"key", "apikey", "token", "auth", "password", "passwd", "passphrase", "secret", "secrets", "credentials"}
+
+log = logging.getLogger(__name__)
+
+
+class Logger:
+    """The metrics of one run.
+
+    mode: `auto` is online where an API key is found (WANDB_API_KEY or netrc), else offline; WANDB_MODE overrides it.
+    run_id: the W&B id of the run to continue; a new one is drawn if None.
+    resume_step: the step of the checkpoint that the run continues from. Lines of later steps are removed, so that the
+    file becomes that of an uninterrupted run; hence log all of a step before saving its checkpoint. None keeps all.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: Mapping[str, Any],
+        *,
+        mode: Mode = "auto",
+        project: str = "stgen",
+        group: str | None = None,
+        name: str | None = None,
+        job_type: Literal["train", "sample"] = "train",
+        run_id: str | None = None,
+        resume_step: int | None = None,
+    ):
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_id = run_id or secrets.token_hex(4)
+        self._dropped = False
+        path = self.run_dir / "metrics.jsonl"
+        _keep_lines(path, resume_step)
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")  # so written, JSON reads it back
+        self._remote = None
+        chosen = _mode(mode)
+        if chosen != "disabled":
+            self._remote = _Remote(
+                chosen,
+                dir=str(self.run_dir),
+                config=redact(config),
+                project=project,
+                group=group,
+                name=name or self.run_dir.resolve().name,
+                job_type=job_type,
+                id=self.run_id,
+                resume="allow",
+            )
+
+    @property
+    def where(self) -> str:
+        """Where the run can be seen, as a sentence."""
+        return self._remote.where if self._remote else "W&B disabled"
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record metrics of a step: numbers, strings, lists and dicts of them; others are dropped, with one warning."""
+        metrics = self._plain(metrics)
+        self._line(step, metrics)
+        self._call(lambda wandb, run: run.log({"global_step": step, **metrics}))
+
+    def videos(self, step: int, key: str, videos: Sequence[tuple[str | Path, str]]) -> None:
+        """Record mp4 files with their captions; the files must stay as they are."""
+        self._line(step, {key: [{"path": self._relative(path), "caption": caption} for path, caption in videos]})
+        self._call(
+            lambda wandb, run: run.log(
+                {
+                    "global_step": step,
+                    key: [wandb.Video(str(path), caption=text, format="mp4") for path, text in videos],
+                }
+            )
+        )
+
+    def image(self, step: int, key: str, path: str | Path) -> None:
+        """Record an image file."""
+        self._line(step, {key: self._relative(path)})
+        self._call(lambda wandb, run: run.log({"global_step": step, key: wandb.Image(str(path))}))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set the W&B summary of the run; writes no file."""
+        values = self._plain(values)
+        self._call(lambda wandb, run: run.summary.update(values))
+
+    def finish(self) -> None:
+        """Close the file and W&B; waits at most 30 s for the latter. Nothing can be logged afterwards."""
+        self._file.close()
+        if self._remote:
+            self._remote.finish()
+
+    def _line(self, step: int, metrics: Mapping[str, Any]) -> None:
+        line = {"global_step": step, **{key: value for key, value in metrics.items() if key != "global_step"}}
+        self._file.write(json.dumps(_speakable(line), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _call(self, function: Callable[[Any, Any], Any]) -> None:
+        if self._remote:
+            self._remote.call(function)
+
+    def _plain(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics as plain Python values, without those that JSON cannot hold."""
+        plain, odd = {}, []
+        for key, value in metrics.items():
+            try:
+                plain[_name(key)] = _value(value)
+            except (TypeError, ValueError, RuntimeError):
+                odd.append(f"{key!r} ({type(value).__name__})")
+        if odd and not self._dropped:
+            self._dropped = True
+            log.warning("metrics that cannot be logged are dropped: %s", ", ".join(odd))
+        return plain
+
+    def _relative(self, path: str | Path) -> str:
+        """The path as seen from the run folder, if it lies in it."""
+        path, folder = Path(path).resolve(), self.run_dir.resolve()
+        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+class _Remote:
+    """W&B on its own thread: calls wait in a queue, and the first that fails or a queue that fills up ends it."""
+
+    def __init__(self, mode: str, **init: Any):
+        self.where = "W&B disabled"
+        self._alive = True
+        self._ready = threading.Event()
+        self._queue: queue.Queue[Callable[[Any, Any], Any] | None] = queue.Queue(QUEUE_LENGTH)
+        self._thread = threading.Thread(target=self._work, args=(mode, init), name="wandb", daemon=True)
+        self._thread.start()
+        if not self._ready.wait(START_SECONDS):
+            self._give_up(f"it did not start within {START_SECONDS:.0f} s")
+
+    def call(self, function: Callable[[Any, Any], Any] | None) -> None:
+        """Have `function(wandb, run)` called when its turn comes; None ends the run."""
+        if self._alive:
+            try:
+                self._queue.put_nowait(function)
+            except queue.Full:
+                self._give_up(f"{QUEUE_LENGTH} calls are waiting for it")
+
+    def finish(self) -> None:
+        if self._alive:
+            self.call(None)
+            self._thread.join(FINISH_SECONDS)
+            if self._thread.is_alive():
+                self._give_up(f"it did not finish within {FINISH_SECONDS:.0f} s")
+
+    def _work(self, mode: str, init: dict[str, Any]) -> None:
+        run = None
+        # W&B's own telemetry would hold up the end of the process by 20 s if the server does not answer.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            import wandb
+
+            run = _start(wandb, mode, init)
+            if self._alive:
+                self.where = _where(run)
+            self._ready.set()
+            while self._alive and (function := self._queue.get()):
+                function(wandb, run)
+            run.finish()
+        except BaseException as error:  # even SystemExit, which must not end the thread unsaid
+            self._give_up(_one_line(error))
+        finally:
+            self._ready.set()
+
+    def _give_up(self, reason: str) -> None:
+        if self._alive:
+            self._alive = False
+            self.where = f"W&B disabled ({reason})"
+            log.warning("W&B is off for the rest of this run, metrics.jsonl goes on: %s", reason)
+            _teardown()
+
+
+def _start(wandb: Any, mode: str, init: dict[str, Any]) -> Any:
+    """A W&B run, offline if online fails."""
+    settings = wandb.Settings(
+        console="off", silent=True, save_code=False, disable_code=True, init_timeout=INIT_SECONDS, finish_timeout=20.0
+    )
+    try:
+        run = wandb.init(mode=mode, settings=settings, **init)
+    except Exception as error:
+        if mode == "offline":
+            raise
+        log.warning("W&B cannot be reached, logging offline: %s", _one_line(error))
+        _teardown()
+        run = wandb.init(mode="offline", settings=settings, **init)
+    run.define_metric("global_step")
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+def _where(run: Any) -> str:
+    if run.settings.mode == "online":
+        return f"W&B: {run.url}"
+    folder = run.settings.sync_dir
+    return f"W&B offline in {folder}; upload it with: wandb sync {folder}"
+
+
+def _teardown() -> None:
+    """Part with W&B's service process, which would else keep the end of this process waiting for a dead server."""
+
+    def teardown() -> None:
+        with contextlib.suppress(Exception):
+            sys.modules["wandb"].teardown()
+
+    thread = threading.Thread(target=teardown, name="wandb teardown", daemon=True)
+    thread.start()
+    thread.join(1.0)  # enough for the message; the process then ends by itself
+
+
+def _mode(mode: Mode) -> str:
+    if mode != "auto":
+        return mode
+    if (wanted := os.environ.get("WANDB_MODE")) in ("online", "offline", "disabled"):
+        return wanted
+    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc() else "offline"
+
+
+def _in_netrc() -> bool:
+    """Whether netrc holds a key for the W&B server."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """The config without secrets: values of keys such as `api_key` or `hf_token`, and passwords within URLs."""
+    if value is not None and SECRETS & set(re.split(r"[^a-z]+", key.lower())):
+        return "[redacted]"
+    if isinstance(value, Mapping):
+        return {str(name): redact(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    if isinstance(value, str | os.PathLike):
+        return re.sub(r"://[^/@\s]+@", "://[redacted]@", str(value))
+    return value
+
+
+def _keep_lines(path: Path, last_step: int | None) -> None:
+    """Remove lines of steps after `last_step`, and what a kill left half-written, in one atomic rewrite."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_kept(line, last_step)]
+    if kept != lines:
+        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(path)
+
+
+def _is_kept(line: bytes, last_step: int | None) -> bool:
+    try:
+        step = json.loads(line)["global_step"]
+        return line.endswith(b"\n") and (last_step is None or step <= last_step)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _name(key: Any) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"{key!r} is not a name")
+    return key
+
+
+def _value(value: Any) -> Any:
+    """A plain Python value; one-element tensors and arrays become numbers. Raises TypeError or ValueError."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {_name(key): _value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_value(inner) for inner in value]
+    if hasattr(value, "item"):
+        return _value(value.item())
+    raise TypeError(f"{type(value).__name__} cannot be logged")
+
+
+def _speakable(value: Any) -> Any:
+    """NaN and infinities, which JSON lacks, as the strings "NaN", "Infinity" and "-Infinity"; float() reads them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _speakable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_speakable(inner) for inner in value]
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

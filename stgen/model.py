@@ -1,0 +1,190 @@
+"""VideoTransformer: noisy latents, a time and a prompt in, the network's prediction out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from stgen.attention import layout, plan
+from stgen.attention.attend import MixerSpec
+from stgen.blocks import Block, modulate
+from stgen.ops.cost import linear_flops
+from stgen.tokens import Grid, grid_of, patchify, rope_tables, sincos_positions, unpatchify
+
+
+@dataclass
+class VideoTransformerOutput(BaseOutput):
+    sample: Tensor
+    """The network's prediction, of the latents' shape [B, C, T, H, W]."""
+
+
+class VideoTransformer(ModelMixin, ConfigMixin):
+    """A diffusion transformer over video latents whose attention is arranged by a plan.
+
+    Args:
+        in_channels: channels C of the latents.
+        grid: token grid (frames, rows, columns) of training; learned positions hold for this grid alone.
+        patch_size: latent frames, rows and columns of a token.
+        width, depth, heads: channels of a token, layers, attention heads.
+        plan: the arrangement of mixers over depth (`stgen.attention.plan`).
+        mixers: for each name of the plan {kind, layout, size, shift}.
+        mlp_ratio, mlp_placement: hidden width of the MLP and where it stands.
+        qk_norm: RMS-normalise queries and keys.
+        positions: `rope`, `sincos`, `learned` or `none`.
+        text_width: channels of the prompt's embeddings.
+        conditioning: `adaln` (prompt pooled into the modulation), `cross` or `both`.
+
+    Raises ValueError for a plan that cannot be read and for latents that the patches do not divide.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+    _skip_layerwise_casting_patterns = ["embed", "norm", "modulation"]
+    no_decay = ("position_table",)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int,
+        grid: tuple[int, int, int],
+        patch_size: tuple[int, int, int] = (1, 1, 1),
+        width: int = 128,
+        depth: int = 6,
+        heads: int = 2,
+        plan: str = "spatial temporal",
+        mixers: dict[str, dict[str, Any]] | None = None,
+        mlp_ratio: float = 4.0,
+        mlp_placement: str = "sequential",
+        qk_norm: bool = True,
+        positions: str = "rope",
+        text_width: int = 128,
+        conditioning: str = "adaln",
+    ):
+        super().__init__()
+        self.patch_size = tuple(patch_size)
+        self.gradient_checkpointing = False
+        patch_numbers = in_channels * patch_size[0] * patch_size[1] * patch_size[2]
+
+        self.patch_embed = nn.Linear(patch_numbers, width)
+        self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, width)
+        self.text_embed = nn.Sequential(nn.Linear(text_width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                terms,
+                mlp_ratio=mlp_ratio,
+                parallel_mlp=mlp_placement == "parallel",
+                cross=conditioning in ("cross", "both"),
+                qk_norm=qk_norm,
+            )
+            for terms in _assign_mixers(plan, depth, mixers or {})
+        )
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final_proj = nn.Linear(width, patch_numbers)
+        if positions == "learned":
+            self.position_table = nn.Parameter(sincos_positions(Grid(*grid), width))
+        # Only the modulations start at zero: with gates at 0 each layer is the identity, and the next step moves all.
+        for projection in (self.modulation, self.final_modulation):
+            nn.init.zeros_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> VideoTransformerOutput | tuple[Tensor]:
+        """Predict from noisy latents.
+
+        Args:
+            hidden_states: latents [B, C, T, H, W].
+            timestep: [B] or a single number, 0 (data) to 1000 (noise).
+            encoder_hidden_states: the prompt's embeddings [B, L, text_width].
+            encoder_attention_mask: [B, L], true for real tokens; None takes all.
+        """
+        grid = grid_of(tuple(hidden_states.shape[2:]), self.patch_size)
+        x = self.patch_embed(patchify(hidden_states, self.patch_size))  # [B, N, C]
+        x = x + self._positions(grid, x) if self.config.positions in ("sincos", "learned") else x
+        rope = self._rope(grid, x.device) if self.config.positions == "rope" else None
+
+        mask = encoder_attention_mask
+        if mask is None:
+            mask = torch.ones(encoder_hidden_states.shape[:2], dtype=torch.bool, device=x.device)
+        mask = mask.bool()
+        text = self.text_embed(encoder_hidden_states)  # [B, L, C]
+        condition = nn.functional.silu(self._condition(timestep, text, mask, x.dtype))  # [B, C]
+        shared = self.modulation(condition).unflatten(-1, (6, -1))  # [B, 6, C]
+
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, grid, rope, shared, text, mask)
+            else:
+                x = block(x, grid, rope, shared, text, mask)
+
+        shift, scale = self.final_modulation(condition).unsqueeze(1).chunk(2, dim=-1)  # [B, 1, C]
+        x = self.final_proj(modulate(self.final_norm(x), shift, scale))
+        sample = unpatchify(x, grid, self.patch_size)  # [B, C, T, H, W]
+        return VideoTransformerOutput(sample=sample) if return_dict else (sample,)
+
+    def _condition(self, timestep: Tensor, text: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Time, and under adaLN the prompt, as one vector a clip: [B, C]."""
+        timestep = torch.as_tensor(timestep, device=text.device).expand(text.shape[0])
+        condition = self.time_embed(self.time_features(timestep).to(dtype))  # [B, C]
+        if self.config.conditioning == "cross":
+            return condition
+        # Each word is embedded on its own and the results are added, so that words compose: a combination never seen
+        # is a sum of parts that were. Dividing by the root of their number keeps long prompts in scale.
+        weights = mask.to(text.dtype).unsqueeze(-1)  # [B, L, 1]
+        return condition + (text * weights).sum(1) * weights.sum(1).clamp(min=1).rsqrt()
+
+    def _positions(self, grid: Grid, x: Tensor) -> Tensor:
+        if self.config.positions == "sincos":
+            return sincos_positions(grid, x.shape[-1], x.device).to(x.dtype)
+        if grid != Grid(*self.config.grid):
+            raise ValueError(
+                f"learned positions hold for the grid {Grid(*self.config.grid)} of training, not for {grid}; "
+                "sample at the training size, or train with tokens.positions=rope"
+            )
+        return self.position_table
+
+    def _rope(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        return rope_tables(grid, self.config.width // self.config.heads, device)
+
+    def flops(self, grid: Grid, text_tokens: int) -> int:
+        """Operations of a forward pass over one clip."""
+        width, patch = self.config.width, self.patch_embed.in_features
+        vectors = linear_flops(1, width, 6 * width) + linear_flops(1, width, 2 * width) + linear_flops(1, 256, width)
+        text = linear_flops(text_tokens, self.config.text_width, width) + linear_flops(text_tokens, width, width)
+        ends = 2 * linear_flops(grid.tokens, patch, width)
+        return vectors + text + ends + sum(block.flops(grid, text_tokens) for block in self.blocks)
+
+
+def _assign_mixers(text: str, depth: int, mixers: dict[str, dict[str, Any]]) -> list:
+    """For each layer its terms, for each term its branches, for each branch the mixers that share its heads.
+
+    A window's shift applies to every second layer that uses the mixer.
+    """
+    uses: dict[str, int] = {}
+
+    def spec(name: str) -> MixerSpec:
+        keys = mixers.get(name, {"layout": name})
+        use = uses[name] = uses.get(name, -1) + 1
+        shift = keys.get("shift", (0, 0, 0)) if use % 2 else (0, 0, 0)
+        return MixerSpec(name, layout.build(keys["layout"], keys.get("size"), shift))
+
+    return [
+        tuple(tuple(tuple(spec(name) for name in branch) for branch in term.branches) for term in layer.terms)
+        for layer in plan.parse(text, depth)
+    ]

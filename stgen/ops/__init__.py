@@ -1,0 +1,1 @@
+"""Operations on plain tensors, each with its definition in PyTorch. Needs torch alone."""

@@ -1,0 +1,392 @@
+"""The typed tree of a config: every key, its type, its default and its meaning.
+
+Values that need torch or a file to be judged are judged by the module that uses them; what can be judged from the
+config alone is refused here, one sentence a fault, before anything heavy is imported.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from stgen.attention import plan as plan_grammar
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Extent3D = tuple[PositiveInt, PositiveInt, PositiveInt]
+Offset3D = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class Run(Section):
+    output_dir: str = "runs/default"
+    """The run folder itself: config, metrics, checkpoints, samples and the final pipeline are written here."""
+    seed: NonNegativeInt = 0
+    """Decides initial weights, data order, noise, times and caption dropout."""
+    resume_from_checkpoint: str = "none"
+    """`none`, `latest` (the newest whole checkpoint of the run folder) or the path of a checkpoint folder."""
+    allow_changed_config: bool = False
+    """Resume although keys that shape the run differ from the checkpoint's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes CUDA when there is one."""
+
+
+class Shapes(Section):
+    clips: PositiveInt = 2400
+    """How many clips to render."""
+    held_out: NonNegativeInt = 8
+    """How many of the 48 colour x shape x direction combinations are never rendered."""
+    held_out_seed: NonNegativeInt = 0
+    """Chooses which combinations are held out."""
+
+
+class Data(Section):
+    train_data_dir: str | None = None
+    """A folder of videos, searched recursively. Null: captioned moving shapes are rendered into the run folder."""
+    shapes: Shapes = Shapes()
+    """The built-in captioned videos, used when train_data_dir is null."""
+    num_frames: PositiveInt = 8
+    """Frames of a training clip."""
+    height: PositiveInt = 48
+    """Height of a training clip in pixels."""
+    width: PositiveInt = 48
+    """Width of a training clip in pixels."""
+    fps: PositiveFloat | None = None
+    """Frames per second of a clip; null keeps each file's own rate."""
+    crop: Literal["center", "random"] = "center"
+    """Where the resized frame is cut to height x width."""
+    clip: Literal["start", "random"] = "random"
+    """Which span of a longer video becomes the clip."""
+    held_out_clips: NonNegativeInt = 64
+    """Videos set aside for the held-out loss, at most a tenth of the folder."""
+    max_reject_fraction: Fraction = 0.5
+    """Stop when more than this share of the folder cannot be used."""
+    cache: Literal["none", "memory"] = "none"
+    """`memory`: decode and encode one clip of every video once and keep the latents (fixed codecs)."""
+    dataloader_num_workers: NonNegativeInt = 2
+    """Processes that decode video; 0 decodes in the training process."""
+    decode_timeout: PositiveFloat = 60.0
+    """Seconds that a worker may need for one batch before the run stops and names its files."""
+
+
+class PatchPCA(Section):
+    kind: Literal["pca"] = "pca"
+    """Principal components of patches, fitted on the training videos and saved with the model."""
+    patch_size: Extent3D = (4, 12, 12)
+    """Frames, rows and columns of a patch; each must divide the clip."""
+    components: PositiveInt = 128
+    """Principal components kept of a patch: the latent channels."""
+    fit_clips: PositiveInt = 512
+    """Training clips the components are fitted on."""
+
+
+class PixelCodec(Section):
+    kind: Literal["pixels"] = "pixels"
+    """The frames themselves, scaled to unit variance."""
+
+
+class AutoencoderCodec(Section):
+    kind: Literal["diffusers"] = "diffusers"
+    """A pretrained autoencoder."""
+    path: str
+    """Folder (or hub id) of any diffusers autoencoder; image autoencoders work frame by frame."""
+    subfolder: str | None = None
+    """Folder inside path that holds the autoencoder, such as vae."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format in which the autoencoder computes."""
+
+
+class LearnedText(Section):
+    kind: Literal["words", "bytes"] = "words"
+    """A small encoder trained with the model; it knows only the captions it was trained on."""
+    width: PositiveInt = 128
+    """Channels of a token's embedding."""
+    max_length: PositiveInt = 32
+    """Tokens kept of a prompt, the end token included."""
+    conditioning: Literal["adaln", "cross", "both"] = "adaln"
+    """How the prompt enters: pooled into the modulation, by cross-attention, or both."""
+    caption_dropout: Fraction = 0.1
+    """Share of training captions replaced by the empty prompt, for guidance."""
+
+
+class PretrainedText(Section):
+    kind: Literal["transformers"] = "transformers"
+    """A pretrained, frozen encoder."""
+    path: str
+    """Folder (or hub id) of a T5, UMT5 or CLIP text encoder with its tokenizer."""
+    subfolder: str | None = None
+    """Folder inside path that holds the encoder; the tokenizer is sought in tokenizer/ beside it, then in the same folder."""
+    max_length: PositiveInt = 128
+    """Tokens kept of a prompt."""
+    conditioning: Literal["adaln", "cross", "both"] = "cross"
+    """How the prompt enters: pooled into the modulation, by cross-attention, or both."""
+    caption_dropout: Fraction = 0.1
+    """Share of training captions replaced by the empty prompt, for guidance."""
+
+
+class Tokens(Section):
+    patch_size: Extent3D = (1, 1, 1)
+    """Latent frames, rows and columns that make one token."""
+    positions: Literal["rope", "sincos", "learned", "none"] = "rope"
+    """Rotary phases on queries and keys, fixed or learned embeddings added to the tokens, or none."""
+
+
+class AttentionMixer(Section):
+    kind: Literal["attention"] = "attention"
+    """Self-attention."""
+    layout: Literal["joint", "spatial", "temporal", "height", "width", "window"] = "joint"
+    """Which tokens share a sequence."""
+    size: Extent3D | None = None
+    """Window layout: frames, rows and columns of a window, in tokens."""
+    shift: Offset3D = (0, 0, 0)
+    """Window layout: offset of the windows in every second layer that uses this mixer."""
+
+    @model_validator(mode="after")
+    def _window_keys(self):
+        if self.layout == "window" and self.size is None:
+            raise ValueError("layout window needs size: [frames, rows, columns] of a window, in tokens")
+        if self.layout != "window" and (self.size is not None or any(self.shift)):
+            raise ValueError(f"size and shift belong to layout window, not to {self.layout}")
+        if self.size is not None and any(s >= n for s, n in zip(self.shift, self.size, strict=True)):
+            raise ValueError(f"shift {list(self.shift)} must be smaller than size {list(self.size)} on every axis")
+        return self
+
+
+PLAIN_LAYOUTS = ("joint", "spatial", "temporal", "height", "width")
+
+
+class MLP(Section):
+    ratio: PositiveFloat = 4.0
+    """Hidden width as a multiple of the model's width."""
+    placement: Literal["sequential", "parallel"] = "sequential"
+    """After the mixers, or beside the last of them on the same normed input (GPT-J)."""
+
+
+class Model(Section):
+    width: PositiveInt = 128
+    """Channels of a token."""
+    depth: Annotated[int, Field(ge=1, le=1024)] = 6
+    """Number of layers."""
+    heads: PositiveInt = 2
+    """Attention heads; must divide width."""
+    plan: str = "spatial temporal"
+    """How mixers are arranged over depth: `a b` layers, `a*3` repetition, `a>b` in turn, `a+b` added, `a|b` heads split."""
+    mixers: dict[str, AttentionMixer] = {}
+    """Mixers by the names that the plan uses; joint, spatial, temporal, height and width exist without being written."""
+    mlp: MLP = MLP()
+    """The feed-forward network of a layer."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys per head."""
+
+    @model_validator(mode="after")
+    def _plan_fits(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        layers = self.layers
+        known = sorted({*PLAIN_LAYOUTS, *self.mixers})
+        for name in self.mixer_names:
+            if name not in known:
+                raise ValueError(
+                    f"plan: no mixer is called {name!r}; known are {', '.join(known)} (add it to model.mixers)"
+                )
+        for split in plan_grammar.splits(layers):
+            if self.heads % split:
+                raise ValueError(f"plan: heads {self.heads} cannot be split evenly over {split} mixers joined by |")
+        return self
+
+    @property
+    def layers(self) -> tuple[plan_grammar.Layer, ...]:
+        """The plan, layer by layer."""
+        return plan_grammar.parse(self.plan, self.depth)
+
+    @property
+    def mixer_names(self) -> list[str]:
+        """Names of the mixers that the plan uses."""
+        return plan_grammar.names(self.layers)
+
+    def mixer(self, name: str) -> AttentionMixer:
+        """The mixer a plan's name stands for: as written in `mixers`, else the layout of that name."""
+        return self.mixers.get(name) or AttentionMixer.model_validate({"layout": name})
+
+
+class Objective(Section):
+    path: Literal["flow", "diffusion"] = "flow"
+    """Straight path from data to noise (rectified flow), or a variance-preserving diffusion schedule."""
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    """What the network puts out; under flow, v is the velocity noise - data."""
+    timestep_density: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
+    """Density from which training times are drawn."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal density."""
+    logit_std: PositiveFloat = 1.0
+    """Standard deviation of the logit-normal density."""
+    mode_scale: float = 1.29
+    """Scale of the mode density."""
+    shift: PositiveFloat = 1.0
+    """Moves times towards noise in training and sampling: t -> s t / (1 + (s - 1) t)."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    """Noise schedule of the diffusion path."""
+    num_train_timesteps: PositiveInt = 1000
+    """Steps of the diffusion path."""
+    snr_gamma: PositiveFloat | None = None
+    """Min-SNR loss weight (diffusion path); null weighs all times alike."""
+
+    @model_validator(mode="after")
+    def _pairs(self):
+        if self.path == "flow" and self.snr_gamma is not None:
+            raise ValueError("snr_gamma weighs the diffusion path; with path flow choose a timestep_density instead")
+        if self.path == "flow" and self.prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type epsilon has no velocity at t = 0; with path flow write v_prediction or sample"
+            )
+        if self.path == "diffusion" and self.shift != 1.0:
+            raise ValueError("shift moves flow times; with path diffusion choose a beta_schedule instead")
+        return self
+
+
+class Optim(Section):
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    lr_warmup_steps: NonNegativeInt = 100
+    """Steps of linear warm-up."""
+    lr_min_ratio: Fraction = 0.0
+    """Where linear and cosine end, as a fraction of learning_rate."""
+    adam_beta1: Decay = 0.9
+    """Decay of the gradient's average."""
+    adam_beta2: Decay = 0.95
+    """Decay of the squared gradient's average."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the squared gradient's average."""
+    adam_weight_decay: NonNegativeFloat = 0.01
+    """Decay of matrices; norms, biases, embeddings and tables have none."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm after accumulation."""
+
+
+class EMA(Section):
+    decay: Decay = 0.999
+    """Decay of the averaged weights; it ramps up as (1 + step) / (10 + step)."""
+
+
+class Train(Section):
+    train_batch_size: PositiveInt = 16
+    """Clips of one optimiser step."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Equal parts in which the batch is computed; the result is that of the whole batch."""
+    max_train_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps."""
+    max_train_seconds: PositiveFloat | None = None
+    """Training seconds, turned into a number of steps from the speed of the first 50."""
+    num_train_epochs: PositiveFloat | None = None
+    """Stop after this many passes over the folder."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: matrix products in bfloat16; weights, moments and EMA stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass to save memory."""
+    compile: bool = False
+    """torch.compile the model; worth it on long runs."""
+
+    @model_validator(mode="after")
+    def _one_limit(self):
+        limits = [
+            k for k in ("max_train_steps", "max_train_seconds", "num_train_epochs") if getattr(self, k) is not None
+        ]
+        if len(limits) != 1:
+            found = "none is" if not limits else " and ".join(limits) + " are"
+            raise ValueError(
+                f"give exactly one of max_train_steps, max_train_seconds, num_train_epochs ({found} given)"
+            )
+        if self.train_batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"train_batch_size {self.train_batch_size} is not divisible by "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    steps: PositiveInt = 1000
+    """Save every so many steps, and at the end."""
+    total_limit: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class Validation(Section):
+    steps: PositiveInt | None = 1000
+    """Sample the prompts and measure the held-out loss every so many steps, at step 0 and at the end; null: at the end only."""
+    prompts: list[str] | None = None
+    """Prompts to sample; null takes up to four captions of the training folder."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    seed: NonNegativeInt = 0
+    """Seed of the first prompt's noise; the next prompts count on from it."""
+    num_inference_steps: PositiveInt = 20
+    """Steps of the scheduler; the default of sample.py too."""
+    guidance_scale: NonNegativeFloat = 3.0
+    """Classifier-free guidance; at most 1 switches it off. The default of sample.py too."""
+    scheduler: Literal["euler", "heun", "unipc", "dpm++", "ddim"] | None = None
+    """Sampler; null takes euler for flow and ddim for diffusion."""
+    judged_noises: NonNegativeInt = 0
+    """Built-in shapes: noises per held-out prompt that the oracle judges at the end; as many clips of seen prompts."""
+
+
+class Log(Section):
+    every: PositiveInt = 10
+    """Steps between two lines of metrics.jsonl."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with an API key, else offline."""
+    project: str = "stgen"
+    """W&B project."""
+    group: str | None = None
+    """W&B group."""
+    name: str | None = None
+    """W&B run name; null takes the run folder's name."""
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data = Data()
+    codec: Annotated[PatchPCA | PixelCodec | AutoencoderCodec, Field(discriminator="kind")] = PatchPCA()
+    text: Annotated[LearnedText | PretrainedText, Field(discriminator="kind")] = LearnedText()
+    tokens: Tokens = Tokens()
+    model: Model = Model()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    ema: EMA = EMA()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _sections_agree(self):
+        data, codec = self.data, self.codec
+        if codec.kind == "pca":
+            extents = (data.num_frames, data.height, data.width)
+            for name, extent, patch in zip(("num_frames", "height", "width"), extents, codec.patch_size, strict=True):
+                if extent % patch:
+                    raise ValueError(f"data.{name} {extent} is not divisible by {patch} of codec.patch_size")
+            if codec.components > 3 * codec.patch_size[0] * codec.patch_size[1] * codec.patch_size[2]:
+                raise ValueError("codec.components exceeds the numbers in a patch")
+        return self
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder as a path."""
+        return Path(self.run.output_dir)

@@ -1,0 +1,132 @@
+"""Prompts -> embeddings [B, L, width] and a mask [B, L]; the empty prompt is a prompt like any other.
+
+The learned encoder is the offline default and knows only the words (or bytes) of its training captions. T5, UMT5 and
+CLIP come from transformers; they are frozen.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+PAD, END, UNKNOWN = 0, 1, 2
+_RESERVED = 3
+
+
+class TextError(ValueError):
+    """An encoder that cannot be had; one sentence that says what to do."""
+
+
+def words_of(prompt: str) -> list[str]:
+    """Lower-case words and single punctuation marks."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]", prompt.lower())
+
+
+def vocabulary_of(captions: Iterable[str]) -> list[str]:
+    """Every word of the captions, sorted."""
+    return sorted({word for caption in captions for word in words_of(caption)})
+
+
+class LearnedTextEncoder(ModelMixin, ConfigMixin):
+    """A small encoder trained with the model, over words or bytes.
+
+    Words are embedded one by one (plus a place); bytes pass two transformer layers, since single bytes mean little.
+
+    Args:
+        vocabulary: the words known; None reads bytes.
+        width: channels of an embedding.
+        max_length: tokens kept of a prompt, the end token included.
+    """
+
+    @register_to_config
+    def __init__(self, vocabulary: list[str] | None, width: int = 128, max_length: int = 32):
+        super().__init__()
+        self._ids = None if vocabulary is None else {word: i + _RESERVED for i, word in enumerate(vocabulary)}
+        self.embed = nn.Embedding(_RESERVED + (256 if vocabulary is None else len(vocabulary)), width)
+        self.places = nn.Embedding(max_length, width)
+        nn.init.zeros_(self.places.weight)
+        self.layers = None
+        if vocabulary is None:
+            layer = nn.TransformerEncoderLayer(
+                width, max(1, width // 64), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.layers = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids [B, L] and mask [B, L], padded to the longest prompt; long prompts are cut, the end token stays."""
+        rows = [self._encode(prompt)[: self.config.max_length - 1] + [END] for prompt in prompts]
+        ids = torch.full((len(rows), max(map(len, rows))), PAD)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        return ids, ids != PAD
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, L] -> [B, L, width]."""
+        x = self.embed(ids) + self.places.weight[: ids.shape[1]]
+        return x if self.layers is None else self.layers(x, src_key_padding_mask=~mask)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that no training caption held (none for bytes)."""
+        return [] if self._ids is None else [word for word in words_of(prompt) if word not in self._ids]
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self._ids is None:
+            return [byte + _RESERVED for byte in prompt.encode()]
+        return [self._ids.get(word, UNKNOWN) for word in words_of(prompt)]
+
+
+def encode(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], max_length: int = 128) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, L, width] and mask [B, L] of prompts, on the encoder's device.
+
+    A learned encoder keeps its gradient and its own length; a pretrained one (tokenizer given) runs without gradient.
+    """
+    if tokenizer is None:
+        ids, mask = (x.to(text_encoder.device) for x in text_encoder.tokenize(prompts))
+        return text_encoder(ids, mask), mask
+    batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    ids, mask = batch.input_ids.to(text_encoder.device), batch.attention_mask.to(text_encoder.device)
+    with torch.no_grad():
+        return text_encoder(input_ids=ids, attention_mask=mask)[0].float(), mask.bool()
+
+
+def load_pretrained(path: str, subfolder: str | None = None) -> tuple[Any, Any, int]:
+    """A frozen text encoder, its tokenizer and the width of its embeddings; safetensors only.
+
+    Raises TextError when the folder holds none: a missing encoder is never replaced by another.
+    """
+    import transformers
+
+    # AutoModel on a T5 folder would load the decoder too.
+    classes = {
+        "t5": "T5EncoderModel",
+        "umt5": "UMT5EncoderModel",
+        "clip": "CLIPTextModel",
+        "clip_text_model": "CLIPTextModel",
+    }
+    where = {"subfolder": subfolder} if subfolder else {}
+    try:
+        kind = transformers.AutoConfig.from_pretrained(path, **where).model_type
+        loader = getattr(transformers, classes.get(kind, "AutoModel"))
+        encoder = loader.from_pretrained(path, use_safetensors=True, **where)
+        tokenizer = _load_tokenizer(transformers, path, where)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TextError(f"text.path: no text encoder with tokenizer at {path}: {reason}") from None
+    encoder = encoder.requires_grad_(False).eval()
+    return (
+        encoder,
+        tokenizer,
+        encoder.config.hidden_size if hasattr(encoder.config, "hidden_size") else encoder.config.d_model,
+    )
+
+
+def _load_tokenizer(transformers: Any, path: str, where: dict[str, str]) -> Any:
+    """diffusers pipelines keep the tokenizer in a folder of its own; transformers folders hold it beside the weights."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+    except (OSError, ValueError):
+        return transformers.AutoTokenizer.from_pretrained(path, **where)

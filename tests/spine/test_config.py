@@ -1,0 +1,469 @@
+"""The config loader: every fault is one line that says which key, what is wrong and where it was written."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, Field
+
+from stgen.config import ConfigError, differences, dump, help_text, load
+from stgen.schema import Config
+
+LIMIT = "train: {max_train_steps: 10}\n"
+SECTIONS = ", ".join(Config.model_fields)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Files are named relative to the folder, as a user names them."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, text: str | bytes) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return name
+
+
+def read(text: str | bytes, *overrides: str, schema: type[BaseModel] = Config):
+    return load(write("x.yaml", text), overrides, schema)
+
+
+def faults(text: str | bytes, *overrides: str, schema: type[BaseModel] = Config) -> list[str]:
+    """The lines of the refusal, each without its prefix."""
+    with pytest.raises(ConfigError) as refusal:
+        read(text, *overrides, schema=schema)
+    assert str(refusal.value) == "\n".join(refusal.value.errors)
+    assert len(str(refusal.value).splitlines()) == len(refusal.value.errors)
+    assert all(line.startswith("config error: ") for line in refusal.value.errors)
+    return [line.removeprefix("config error: ") for line in refusal.value.errors]
+
+
+# --- one fault, one line: the keys below `train` stand on the second line of the file ---------------------------------
+
+IN_FILE = {  # second line of the file -> the whole refusal
+    "model: {widht: 3}": "model.widht: unknown key; did you mean model.width? (x.yaml:2)",
+    "modle: {width: 3}": "modle: unknown key; did you mean model? (x.yaml:2)",
+    "learning_rate: 1e-4": "learning_rate: unknown key; did you mean optim.learning_rate? (x.yaml:2)",
+    "seed: 1": "seed: unknown key; did you mean run.seed or validation.seed? (x.yaml:2)",
+    "model: {layuot: joint}": "model.layuot: unknown key; did you mean model.mixers.NAME.layout? (x.yaml:2)",
+    "model: {mixers: {win: {layuot: joint}}}": (
+        "model.mixers.win.layuot: unknown key; did you mean model.mixers.win.layout? (x.yaml:2)"
+    ),
+    "zzz: 1": f"zzz: unknown key; the keys here are {SECTIONS} (x.yaml:2)",
+    "ema: {zzz: 1}": "ema.zzz: unknown key; the keys here are decay (x.yaml:2)",
+    "optim.learning_rate: 3": (
+        "optim.learning_rate: unknown key; dotted keys are for overrides: in a file, nest them (x.yaml:2)"
+    ),
+    '"a\\nb": 1': f"a b: unknown key; the keys here are {SECTIONS} (x.yaml:2)",
+    "codec: {path: x}": "codec.path: unknown key for kind pca; it belongs to kind diffusers (x.yaml:2)",
+    "codec: {kind: pixels, components: 3}": (
+        "codec.components: unknown key for kind pixels; it belongs to kind pca (x.yaml:2)"
+    ),
+    "codec: {kind: vae}": "codec.kind: should be one of pca, pixels, diffusers, got 'vae' (x.yaml:2)",
+    "codec: {kind: [pca]}": 'codec.kind: should be one of pca, pixels, diffusers, got ["pca"] (x.yaml:2)',
+    "codec: {kind: null}": "codec.kind: should be one of pca, pixels, diffusers, got null (x.yaml:2)",
+    "codec: {kind: diffusers}": "codec.path: is required (a string) (x.yaml:2)",
+    "codec: pca": "codec: should be a mapping of keys, got 'pca' (x.yaml:2)",
+    "model: {width: wide}": "model.width: should be a whole number greater than 0, got 'wide' (x.yaml:2)",
+    'model: {width: "64"}': "model.width: should be a whole number greater than 0, got '64' (x.yaml:2)",
+    "model: {width: true}": "model.width: should be a whole number greater than 0, got true (x.yaml:2)",
+    "model: {width: 64.5}": "model.width: should be a whole number greater than 0, got 64.5 (x.yaml:2)",
+    "model: {width: 0}": "model.width: should be a whole number greater than 0, got 0 (x.yaml:2)",
+    "model: {width: null}": "model.width: should be a whole number greater than 0, got null (x.yaml:2)",
+    "model: {width: [64]}": "model.width: should be a whole number greater than 0, got [64] (x.yaml:2)",
+    "model: {qk_norm: no}": "model.qk_norm: should be true or false, got 'no' (x.yaml:2)",
+    "model: {qk_norm: 1}": "model.qk_norm: should be true or false, got 1 (x.yaml:2)",
+    "run: {seed: -1}": "run.seed: should be a whole number of at least 0, got -1 (x.yaml:2)",
+    "run: {output_dir: 123}": "run.output_dir: should be a string, got 123; put it in quotes (x.yaml:2)",
+    "log: {group: 2}": "log.group: should be a string or null, got 2; put it in quotes (x.yaml:2)",
+    "run: {device: tpu}": "run.device: should be one of auto, cpu, cuda, got 'tpu' (x.yaml:2)",
+    "data: {fps: 0}": "data.fps: should be a number greater than 0 or null, got 0 (x.yaml:2)",
+    "optim: {learning_rate: true}": "optim.learning_rate: should be a number greater than 0, got true (x.yaml:2)",
+    "optim: {learning_rate: .nan}": "optim.learning_rate: should be a number greater than 0, got .nan (x.yaml:2)",
+    "optim: {learning_rate: 1e999}": "optim.learning_rate: should be a number greater than 0, got .inf (x.yaml:2)",
+    "optim: {learning_rate: '1e-4'}": "optim.learning_rate: should be a number greater than 0, got '1e-4' (x.yaml:2)",
+    "optim: {adam_beta1: 2}": "optim.adam_beta1: should be a number from 0 to 1, got 2 (x.yaml:2)",
+    "optim:": "optim: should be a mapping of keys, got null (x.yaml:2)",
+    "optim: [1]": "optim: should be a mapping of keys, got [1] (x.yaml:2)",
+    "tokens: {patch_size: [1, 2]}": (
+        "tokens.patch_size: should be a list of 3 values, each a whole number greater than 0, got [1, 2] (x.yaml:2)"
+    ),
+    "tokens: {patch_size: []}": (
+        "tokens.patch_size: should be a list of 3 values, each a whole number greater than 0, got [] (x.yaml:2)"
+    ),
+    "tokens: {patch_size: 2}": (
+        "tokens.patch_size: should be a list of 3 values, each a whole number greater than 0, got 2 (x.yaml:2)"
+    ),
+    "tokens: {patch_size: [1, 0, 1]}": (
+        "tokens.patch_size.1: should be a whole number greater than 0, got 0 (x.yaml:2)"
+    ),
+    "validation: {prompts: a}": (
+        "validation.prompts: should be a list of values, each a string or null, got 'a' (x.yaml:2)"
+    ),
+    "validation: {prompts: [a, 1]}": "validation.prompts.1: should be a string, got 1; put it in quotes (x.yaml:2)",
+    "model: {mixers: {win: 3}}": "model.mixers.win: should be a mapping of keys, got 3 (x.yaml:2)",
+    "model: {width: 64, heads: 7}": "model: width 64 is not divisible by heads 7 (x.yaml:2)",
+    "data: {height: 50}": "data.height 50 is not divisible by 12 of codec.patch_size (x.yaml:2)",
+    # YAML's traps
+    "train: {}": "train: the key is given twice (x.yaml:2)",
+    "model: {width: 1, width: 1}": "model.width: the key is given twice (x.yaml:2)",
+    "model: &m {width: 64}": (
+        "model: anchors and aliases (& and *) are not allowed; write the value out, or use extends (x.yaml:2)"
+    ),
+    "x: &x [*x]": "x: anchors and aliases (& and *) are not allowed; write the value out, or use extends (x.yaml:2)",
+    "x: *x": "not valid YAML: found undefined alias 'x' (x.yaml:2)",
+    "model: {<<: {width: 1}}": "model: merge keys (<<) are not allowed; use extends (x.yaml:2)",
+    "run: !!python/object/apply:os.system [ls]": (
+        "run: the tag tag:yaml.org,2002:python/object/apply:os.system is not allowed (x.yaml:2)"
+    ),
+    "run: !!python/name:os.system ls": ("run: 'ls' cannot be read as a value of type python/name:os.system (x.yaml:2)"),
+    "run: !!set {a}": "run: the tag tag:yaml.org,2002:set is not allowed (x.yaml:2)",
+    "run: {seed: !!int one}": "run.seed: 'one' cannot be read as a value of type int (x.yaml:2)",
+    'run: {output_dir: "\\ud800"}': "run.output_dir: '\\ud800' cannot be read as a value of type str (x.yaml:2)",
+    "1: 2": "keys are plain or quoted strings, got 1 (x.yaml:2)",
+    "true: 2": "keys are plain or quoted strings, got true (x.yaml:2)",
+    "? [a, b]\n: 2": "keys are plain or quoted strings, got a list or mapping (x.yaml:2)",
+    "&k model: {}": "keys are plain or quoted strings, got model (x.yaml:2)",
+    "\tmodel: {}": "not valid YAML: found character '\\t' that cannot start any token (x.yaml:2)",
+    "---\nmodel: {}": "not valid YAML: but found another document (x.yaml:2)",
+    "model: {width: 1": "not valid YAML: expected ',' or '}', but got '<stream end>' (x.yaml:3)",
+    "extends: 3": "extends: should be a file name or a list of file names, got 3 (x.yaml:2)",
+    "extends: [a.yaml, 3]": 'extends: should be a file name or a list of file names, got ["a.yaml", 3] (x.yaml:2)',
+    "extends: base.yaml": "base.yaml: no such file (extended by x.yaml:2)",
+    "extends: .": ".: is a directory (extended by x.yaml:2)",
+    "extends: x.yaml": "extends: the files extend each other: x.yaml -> x.yaml (x.yaml:2)",
+}
+
+
+@pytest.mark.parametrize("line", IN_FILE)
+def test_a_fault_in_the_file_is_one_line(line):
+    assert faults(f"{LIMIT}{line}\n") == [IN_FILE[line]]
+
+
+WHOLE_FILES = {
+    b"": "train: give exactly one of max_train_steps, max_train_seconds, num_train_epochs (none is given) (x.yaml)",
+    b"# nothing\n": (
+        "train: give exactly one of max_train_steps, max_train_seconds, num_train_epochs (none is given) (x.yaml)"
+    ),
+    b"- a\n- b\n": 'a config is a mapping of keys, got ["a", "b"] (x.yaml:1)',
+    b"text": "a config is a mapping of keys, got 'text' (x.yaml:1)",
+    b"a: 1\nb: \xff\n": "the file is not UTF-8 text (byte 0xff) (x.yaml:2)",
+    "a: 1".encode("utf-16"): "the file is not UTF-8 text (byte 0xff) (x.yaml:1)",
+    b"a: \x00": "not valid YAML: unacceptable character #x0000: special characters are not allowed (x.yaml:1)",
+    b"\xef\xbb\xbf%YAML 1.1\n---\na: no\n": "YAML directives (lines that begin with %) are not allowed (x.yaml:1)",
+    b"%YAML 1.1\n---\na: no\n": "YAML directives (lines that begin with %) are not allowed (x.yaml:1)",
+    b"a: " + b"[" * 20_000 + b"]" * 20_000: "nested too deep (x.yaml:1)",
+    b"a: " + b"[" * 51 + b"]" * 51: "a" + ".0" * 39 + "…: nested too deep (x.yaml:1)",
+}
+
+
+@pytest.mark.parametrize("raw", WHOLE_FILES, ids=range(len(WHOLE_FILES)))
+def test_a_file_that_is_no_config_is_one_line(raw):
+    assert faults(raw) == [WHOLE_FILES[raw]]
+
+
+IN_OVERRIDE = {
+    "model.widht=3": "model.widht: unknown key; did you mean model.width? (override model.widht=3)",
+    "model.width=wide": (
+        "model.width: should be a whole number greater than 0, got 'wide' (override model.width=wide)"
+    ),
+    "--model.width=3": "--model: unknown key; did you mean model? (override --model.width=3)",
+    "foo": "override 'foo' is not of the form section.key=value",
+    "": "override '' is not of the form section.key=value",
+    "=3": "override '=3' is not of the form section.key=value",
+    ".a=3": "override '.a=3' is not of the form section.key=value",
+    "a..b=3": "override 'a..b=3' is not of the form section.key=value",
+    "model.width =3": "override 'model.width =3' is not of the form section.key=value",
+    "ema.decay=[1": ("ema.decay: not valid YAML: expected ',' or ']', but got '<stream end>' (override ema.decay=[1)"),
+    "run.output_dir={a: b}": (
+        'run.output_dir: should be a string, got {"a": "b"}; put it in quotes (override run.output_dir={a: b})'
+    ),
+    "run.output_dir=null": "run.output_dir: should be a string, got null (override run.output_dir=null)",
+    "model=3": "model: should be a mapping of keys, got 3 (override model=3)",
+    "extends=x.yaml": f"extends: unknown key; the keys here are {SECTIONS} (override extends=x.yaml)",
+    "model.plan=foo": (
+        "model.plan: no mixer is called 'foo'; known are height, joint, spatial, temporal, width "
+        "(add it to model.mixers) (override model.plan=foo)"
+    ),
+    "train.max_train_seconds=5": (
+        "train: give exactly one of max_train_steps, max_train_seconds, num_train_epochs "
+        "(max_train_steps and max_train_seconds are given) (x.yaml:1, override train.max_train_seconds=5)"
+    ),
+    "model.depth=" + "9" * 5000: (
+        f"model.depth: '{'9' * 78}… cannot be read as a value of type int (override model.depth={'9' * 67}…)"
+    ),
+    "model.plan=" + "(" * 3000: "nested too deep (x.yaml)",
+    "run.output_dir=\udcff": (
+        "run.output_dir: not valid YAML: unacceptable character #xdcff: special characters are not allowed "
+        "(override run.output_dir=\\udcff)"
+    ),
+}
+
+
+@pytest.mark.parametrize("override", IN_OVERRIDE, ids=range(len(IN_OVERRIDE)))
+def test_a_fault_in_an_override_is_one_line(override):
+    assert faults(LIMIT, override) == [IN_OVERRIDE[override]]
+
+
+def test_all_faults_are_told_at_once():
+    lines = faults(
+        "model:\n  layuot: joint\n  width: wide\ncodec:\n  components: -1\n", "optim.learning_rate=0", "zzz=1"
+    )
+    assert sorted(lines) == sorted(
+        [
+            "model.layuot: unknown key; did you mean model.mixers.NAME.layout? (x.yaml:2)",
+            "model.width: should be a whole number greater than 0, got 'wide' (x.yaml:3)",
+            "codec.components: should be a whole number greater than 0, got -1 (x.yaml:5)",
+            "optim.learning_rate: should be a number greater than 0, got 0 (override optim.learning_rate=0)",
+            f"zzz: unknown key; the keys here are {SECTIONS} (override zzz=1)",
+            "train: give exactly one of max_train_steps, max_train_seconds, num_train_epochs (none is given) (x.yaml)",
+        ]
+    )
+    assert faults("a: 1\na: 2\nb: 1\nb: 2\n", "foo", "=3") == [
+        "a: the key is given twice (x.yaml:2)",
+        "b: the key is given twice (x.yaml:4)",
+        "override 'foo' is not of the form section.key=value",
+        "override '=3' is not of the form section.key=value",
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(monkeypatch):
+    for name, fault in {
+        "absent.yaml": "absent.yaml: no such file",
+        ".": ".: is a directory",
+        "a\0b": "a\\x00b: embedded null byte",
+    }.items():
+        with pytest.raises(ConfigError) as refusal:
+            load(name, [], Config)
+        assert refusal.value.errors == [f"config error: {fault}"]
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ConfigError, match=r"^config error: secret\.yaml: permission denied$"):
+        load("secret.yaml", [], Config)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_is_1_2():
+    config = read(
+        LIMIT + "optim: {learning_rate: 1e-4, adam_weight_decay: 1}\n"
+        "model: {width: 1e3, heads: 0x8}\nrun: {output_dir: no, seed: 012}\n"
+        "validation: {prompts: [on, 16:9, 2024-01-01]}\n"
+    )
+    assert config.optim.learning_rate == 1e-4
+    assert config.optim.adam_weight_decay == 1.0
+    assert (config.model.width, config.model.heads, config.run.seed) == (1000, 8, 12)
+    assert (config.run.output_dir, config.validation.prompts) == ("no", ["on", "16:9", "2024-01-01"])
+    assert read(LIMIT, "train.mixed_precision=no").train.mixed_precision == "no"
+
+
+def test_a_byte_order_mark_is_not_part_of_a_key():
+    assert read(b"\xef\xbb\xbf" + LIMIT.encode()).train.max_train_steps == 10
+
+
+def test_a_string_may_be_typed_without_quotes_on_the_command_line():
+    config = read(LIMIT, "run.output_dir=0123", "log.group=1e3", "validation.negative_prompt=", "log.name=null")
+    assert (config.run.output_dir, config.log.group) == ("0123", "1e3")
+    assert (config.validation.negative_prompt, config.log.name) == ("", None)
+
+
+def test_overrides():
+    config = read(
+        LIMIT + "model: {width: 96, heads: 3}\n",
+        "model.width=66",
+        "model.width=60",
+        "tokens.patch_size=[1, 2, 2]",
+        "model.mixers.win={layout: window, size: [1, 2, 2]}",
+        "model.mixers.win.shift=[0, 1, 1]",
+        "train.max_train_steps=null",
+        "train.max_train_seconds=30",
+    )
+    assert (config.model.width, config.model.heads, config.tokens.patch_size) == (60, 3, (1, 2, 2))
+    assert (config.model.mixers["win"].size, config.model.mixers["win"].shift) == ((1, 2, 2), (0, 1, 1))
+    assert (config.train.max_train_steps, config.train.max_train_seconds) == (None, 30.0)
+
+
+# --- extends ---------------------------------------------------------------------------------------------------------
+
+
+def test_extends_merges_deeply_and_later_wins():
+    write("bases/data.yaml", "data: {height: 24, width: 24}\nvalidation: {prompts: [a, b]}\n")
+    write("bases/common.yaml", f"extends: data.yaml\n{LIMIT}data: {{height: 36}}\nmodel: {{width: 32, heads: 1}}\n")
+    write("bases/wide.yaml", "model: {width: 64}\n")
+    config = read("extends: [bases/common.yaml, bases/wide.yaml]\nvalidation: {prompts: [c]}\nmodel: {depth: 2}\n")
+    assert (config.data.height, config.data.width) == (36, 24)
+    assert (config.model.width, config.model.heads, config.model.depth) == (64, 1, 2)
+    assert config.validation.prompts == ["c"]
+
+
+def test_an_extended_file_is_named_where_it_is_at_fault():
+    write("bases/common.yaml", f"{LIMIT}\nmodel:\n  widht: 3\n  depth: 0\n")
+    assert faults("extends: bases/common.yaml\n") == [
+        "model.depth: should be a whole number greater than 0, got 0 (bases/common.yaml:5)",
+        "model.widht: unknown key; did you mean model.width? (bases/common.yaml:4)",
+    ]
+
+
+def test_a_loop_of_extends_names_the_chain():
+    write("bases/a.yaml", "extends: b.yaml\n")
+    write("bases/b.yaml", "extends: ../x.yaml\n")
+    assert faults("\nextends: bases/a.yaml\n") == [
+        "extends: the files extend each other: x.yaml -> bases/a.yaml -> bases/b.yaml -> x.yaml (bases/b.yaml:1)"
+    ]
+
+
+def test_one_base_may_be_extended_twice():
+    write("base.yaml", LIMIT)
+    write("a.yaml", "extends: base.yaml\nmodel: {depth: 2}\n")
+    write("b.yaml", "extends: base.yaml\nema: {decay: 0.5}\n")
+    config = read("extends: [a.yaml, b.yaml]\n")
+    assert (config.model.depth, config.ema.decay, config.train.max_train_steps) == (2, 0.5, 10)
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_kind_need_not_be_written():
+    assert read(LIMIT, "codec.components=64").codec.components == 64
+    assert read(LIMIT, "text.width=64").text.kind == "words"
+
+
+def test_choosing_another_kind_drops_the_keys_of_the_first():
+    pca = LIMIT + "codec: {kind: pca, components: 64}\n"
+    assert read(pca, "codec.kind=pixels").codec.kind == "pixels"
+    assert read(LIMIT + "codec: {components: 64}\n", "codec.kind=pixels").codec.kind == "pixels"
+    for overrides in (["codec.kind=diffusers", "codec.path=x"], ["codec.path=x", "codec.kind=diffusers"]):
+        assert (read(pca, *overrides).codec.kind, read(pca, *overrides).codec.path) == ("diffusers", "x")
+    write("base.yaml", pca)
+    assert read("extends: base.yaml\ncodec: {kind: diffusers, path: y}\n").codec.path == "y"
+
+
+def test_choosing_the_same_section_keeps_its_keys():
+    assert read(LIMIT + "codec: {components: 64}\n", "codec.kind=pca").codec.components == 64
+    text = read(LIMIT + "text: {kind: words, width: 32}\n", "text.kind=bytes").text
+    assert (text.kind, text.width) == ("bytes", 32)
+
+
+# --- faces of the loader ---------------------------------------------------------------------------------------------
+
+NASTY = [
+    "no",
+    "1e-4",
+    "a: b",
+    "# c",
+    "",
+    " pad ",
+    "two\nlines",
+    "tab\t",
+    "'\"",
+    "é 日本 🎬",
+    "null",
+    "x" * 300,
+    "2024-01-01",
+]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["codec.kind=diffusers", "codec.path=x"],
+        ["text.kind=bytes", "codec.kind=pixels", "data.fps=7.5", "optim.learning_rate=1e-12"],
+        ["model.mixers.win={layout: window, size: [1, 2, 2]}", "model.plan=win>spatial"],
+    ],
+)
+def test_a_dump_reads_back_equal(overrides):
+    config = read(LIMIT, *overrides)
+    prompts = config.validation.model_copy(update={"prompts": NASTY})
+    config = config.model_copy(update={"validation": prompts})
+    assert read(dump(config)) == config
+    assert config.validation.prompts == NASTY
+
+
+def test_a_dump_writes_every_key_in_order():
+    text = dump(read(LIMIT))
+    assert [line[:-1] for line in text.splitlines() if line[0].isalpha()] == list(Config.model_fields)
+    assert "\n  patch_size: [4, 12, 12]\n" in text
+    assert "\n  max_train_seconds: null\n" in text
+
+
+def schema_leaves(annotation, prefix: str = "") -> list[str]:
+    """Every key below an annotation, walked without the loader's help."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return [leaf for key, field in fields for leaf in schema_leaves(field.annotation, f"{prefix}.{key}")]
+    if get_origin(annotation) is dict:
+        return schema_leaves(get_args(annotation)[1], f"{prefix}.NAME")
+    below = [
+        leaf for arg in get_args(annotation) if hasattr(arg, "model_fields") for leaf in schema_leaves(arg, prefix)
+    ]
+    return below or [prefix.lstrip(".")]
+
+
+def test_help_lists_every_key_with_its_meaning():
+    text = help_text(Config)
+    lines = text.splitlines()
+    leaves = schema_leaves(Config)
+    assert len(leaves) > 80 and {"optim.learning_rate", "model.mixers.NAME.layout", "codec.path"} <= set(leaves)
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
+    assert sorted(listed) == sorted(leaves)
+    assert max(map(len, lines)) <= 120
+    assert {"codec (kind: pca)", "codec (kind: pixels)", "text (kind: words, bytes)", "model.mlp"} <= set(lines)
+    rows = [" ".join(line.split()) for line in lines]
+    assert "optim.learning_rate float > 0 = 0.0003 Peak learning rate." in rows
+    assert "ema.decay float in [0, 1] = 0.999 Decay" in " ".join(rows)
+    assert "log.wandb auto | online | offline | disabled = auto" in rows  # too long a type: the meaning follows below
+    assert any(row.startswith("codec.path str, required Folder") for row in rows)
+    assert any(row.startswith("tokens.patch_size [int, int, int] = [1, 1, 1] ") for row in rows)
+    assert any(row.startswith("data.fps float > 0 | null = null ") for row in rows)
+
+
+def test_differences():
+    old = read(LIMIT)
+    new = read(LIMIT, "optim.learning_rate=3e-3", "log.name=a", "tokens.patch_size=[1, 2, 2]", "codec.kind=pixels")
+    assert differences(old, old) == []
+    assert differences(old, new) == [
+        "codec.kind: pca -> pixels",
+        "codec.patch_size: [4, 12, 12] -> absent",
+        "codec.components: 128 -> absent",
+        "codec.fit_clips: 512 -> absent",
+        "tokens.patch_size: [1, 1, 1] -> [1, 2, 2]",
+        "optim.learning_rate: 0.0003 -> 0.003",
+        "log.name: null -> a",
+    ]
+    assert differences(old.model_dump(), old) == []
+    assert differences({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2], "c": None}}) == ["a.c: absent -> null"]
+
+
+def test_the_loader_knows_no_field():
+    class Leaf(BaseModel, extra="forbid", use_attribute_docstrings=True):
+        size: int = Field(default=3, ge=1, le=9)
+        """How big."""
+
+    class Tree(BaseModel, extra="forbid"):
+        leaf: Leaf = Leaf()
+        amount: str | int = "all"
+
+    assert read("leaf: {size: 4}", schema=Tree).leaf.size == 4
+    assert read("amount: 4", schema=Tree).amount == 4
+    assert faults("leaf: {sise: 4, size: 10}", schema=Tree) == [
+        "leaf.size: should be a whole number from 1 to 9, got 10 (x.yaml:1)",
+        "leaf.sise: unknown key; did you mean leaf.size? (x.yaml:1)",
+    ]
+    assert faults("amount: 1.5", schema=Tree) == ["amount: should be a string or a whole number, got 1.5 (x.yaml:1)"]
+    assert " ".join(help_text(Tree).split()) == "amount str | int = all leaf leaf.size int in [1, 9] = 3 How big."
+
+
+def test_neither_loader_nor_schema_imports_torch():
+    code = "import sys, stgen.config, stgen.schema; stgen.config.help_text(stgen.schema.Config); print(*sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert "stgen.schema" in done.stdout.split()
+    assert not {"torch", "numpy", "diffusers"} & set(done.stdout.split())
