@@ -352,8 +352,9 @@ def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _numpy_state() -> Tensor:
-    _, key, position, has_gauss, gauss = np.random.get_state()
-    return torch.tensor([*key.tolist(), position, has_gauss, _bits(gauss)], dtype=torch.int64)
+    state: Any = np.random.get_state(legacy=False)
+    key, position = state["state"]["key"], state["state"]["pos"]
+    return torch.tensor([*key.tolist(), position, state["has_gauss"], _bits(state["gauss"])], dtype=torch.int64)
 
 
 def _python_state() -> Tensor:

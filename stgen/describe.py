@@ -77,4 +77,4 @@ def _layer(i: int, block, layer, grid: Grid, text_tokens: int) -> str:
                 count, length = spec.layout.sequence(grid)
                 sequences.append(f"{spec.name}: {count} sequences of {length}")
     cost = readable(block.flops(grid, text_tokens), "FLOP")
-    return f"  {i:>3}  {str(layer):<28} {cost:>12} a clip   {'; '.join(sequences)}"
+    return f"  {i:>3}  {layer!s:<28} {cost:>12} a clip   {'; '.join(sequences)}"

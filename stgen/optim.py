@@ -70,9 +70,9 @@ def clip_and_check(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
     If the norm is not finite, the gradients are left as they are, and the caller must not make the step.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    parameters = list(parameters)
     # The two halves of torch.nn.utils.clip_grad_norm_, taken apart: that one would scale by a NaN.
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     value = float(norm)
     if math.isfinite(value):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -24,11 +24,16 @@ class QKNorm(nn.Module):
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.q_gain = nn.Parameter(torch.ones(head_dim))
+        self.k_gain = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q(q), self.k(k)
+        return self._norm(q, self.q_gain), self._norm(k, self.k_gain)
+
+    @staticmethod
+    def _norm(x: Tensor, gain: Tensor) -> Tensor:
+        # The gain is brought to the type of x, or mixed precision would leave PyTorch's fused kernel.
+        return nn.functional.rms_norm(x, gain.shape, gain.to(x.dtype), eps=1e-6)
 
 
 class Attention(nn.Module):

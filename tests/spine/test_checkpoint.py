@@ -230,6 +230,60 @@ def test_kill_inside_a_save(tmp_path):
     assert step > 0
 
 
+CRASHES = """
+import os, shutil, sys
+from pathlib import Path
+import torch
+from stgen.checkpoint import resolve, save
+
+run, step = Path(sys.argv[1]), int(sys.argv[2])
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+def write(value, step):
+    save(run, step, {"model": {"w": torch.full((9,), value)}, "ema": {"w": torch.full((9,), value)}}, {"v": value}, 1)
+
+def crash_at(point):
+    \"""Save in a child that dies at the point-th file operation; returns whether it came so far.\"""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] != 0
+    seen = 0
+    def hook(event, _):
+        nonlocal seen
+        seen += event in TOUCHES
+        if seen > point:
+            os._exit(9)
+    sys.addaudithook(hook)
+    write(2.0, step)
+    os._exit(0)
+
+torch.set_num_threads(1)
+point, values = 0, []
+while True:
+    shutil.rmtree(run, ignore_errors=True)
+    write(1.0, 1)
+    crashed = crash_at(point)
+    loaded = resolve(run, "latest")
+    (value,) = {t.unique().item() for group in loaded.tensors.values() for t in group.values()}
+    assert loaded.state == {"v": value}, point
+    values.append(value)
+    if not crashed:
+        break
+    write(3.0, 2)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-2"], point
+    point += 1
+assert values == sorted(values) and values[0] == 1.0 and values[-1] == 2.0, values
+print(point)
+"""
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["next", "replaced"])
+def test_crash_at_every_file_operation_of_a_save(tmp_path, step):
+    """Old or new, never a mix, never nothing; and the next save leaves nothing behind."""
+    process = python(CRASHES, tmp_path / "run", step, stdout=subprocess.PIPE)
+    assert int(process.communicate()[0]) > 15
+
+
 def test_disk_full_leaves_the_previous_checkpoint(tmp_path):
     write(tmp_path, 1)
     code = f"""

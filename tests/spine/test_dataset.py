@@ -37,7 +37,9 @@ def folder(tmp_path) -> Path:
     make(root / "frames", hue=150)
     (root / "a.txt").write_text("\ufeffa sidecar\n", encoding="utf-8")
     (root / "frames.txt").write_text("numbered images")
-    (root / "metadata.csv").write_text('\ufefffile_name,text\nb.mkv,"one, two"\nsub/é 猫.mp4,ein Kater\n', encoding="utf-8")
+    (root / "metadata.csv").write_text(
+        '\ufefffile_name,text\nb.mkv,"one, two"\nsub/é 猫.mp4,ein Kater\n', encoding="utf-8"
+    )
     (root / "sub" / "metadata.jsonl").write_text('{"video": "deep/f.mkv", "prompt": "nested", "other": 1}\n\n')
     return root
 
@@ -95,16 +97,32 @@ def test_unusable_files_are_named(folder):
     cut.write_bytes(cut.read_bytes()[:-100])
     reasons = reject(folder)
     assert reasons.keys() == {"empty.mp4", "text.mp4", "fifo.mp4", "gone.mp4", "one.mp4", "cut.mp4"}
-    for name, reason in {"empty": "empty file", "fifo": "regular", "gone": "No such", "one": "1 frames", "cut": "cut"}.items():
+    for name, reason in {
+        "empty": "empty file",
+        "fifo": "regular",
+        "gone": "No such",
+        "one": "1 frames",
+        "cut": "cut",
+    }.items():
         assert reason in reasons[f"{name}.mp4"]
     assert folder / "folder.mp4" / "inside.mkv" in captions(folder)
 
 
 def test_bad_rows_are_refused_by_line(folder):
     make(folder.parent / "outside.mp4")
-    rows = ["../outside.mp4", str(folder / "a.mp4"), "http://127.0.0.1:9/x.mp4", "gone.mp4", "sub/../a.mp4", "a.mp4", ""]
+    rows = [
+        "../outside.mp4",
+        str(folder / "a.mp4"),
+        "http://127.0.0.1:9/x.mp4",
+        "gone.mp4",
+        "sub/../a.mp4",
+        "a.mp4",
+        "",
+    ]
     (folder / "metadata.csv").write_text("path,caption\n" + "".join(f"{row},words\n" for row in rows))
-    (folder / "sub" / "metadata.jsonl").write_text('not json\n[1]\n{"video": "é 猫.mp4"}\n{"video": "é 猫.mp4", "text": 5}\n')
+    (folder / "sub" / "metadata.jsonl").write_text(
+        'not json\n[1]\n{"video": "é 猫.mp4"}\n{"video": "é 猫.mp4", "text": 5}\n'
+    )
     found = VideoFolder(folder, **SIZE, max_reject_fraction=1)
     reasons = dict(found.rejects)
     expected = ["leaves the folder", "absolute", "URL", "no such video", None, "already", "not a file name"]
@@ -202,9 +220,9 @@ def test_broken_videos_are_replaced(folder):
             assert item["rejects"][0].path == found.name(index)
         assert len({item["path"] for item in items}) > 1
         assert [found[index, epoch]["path"] for epoch in range(8)] == [item["path"] for item in items]
-    for sample in found.samples:
-        if sample.path.is_file():
-            sample.path.write_bytes(b"broken since")
+    (folder / "frames").rename(folder / "moved")
+    for name in ("d.gif", "more/0.mkv"):
+        (folder / name).write_bytes(b"broken since")
     with pytest.raises(RuntimeError, match="none of 6 videos can be read any more"):
         found[0, 0]
 
@@ -259,12 +277,11 @@ def batches(folder: Path, workers: int, start: int, steps: int) -> list[dict]:
 
 
 def test_workers_change_nothing(folder):
-    (folder / "a.mp4").rename(folder / "b2.mp4")  # so that its caption is gone, too
     alone = batches(folder, 0, 0, 6)
     assert alone[0]["frames"].shape == (4, 3, 4, 16, 24)
     for start, others in ((0, batches(folder, 2, 0, 6)), (4, batches(folder, 0, 4, 2))):
         for one, other in zip(alone[start:], others, strict=True):
-            assert torch.equal(one.pop("frames"), other.pop("frames")) if start else torch.equal(one["frames"], other["frames"])
+            assert torch.equal(one["frames"], other["frames"])
             assert one["path"] == other["path"] and one["caption"] == other["caption"]
 
 
@@ -284,13 +301,16 @@ class Faulty(VideoFolder):
         raise Local("cannot be pickled")
 
 
-@pytest.mark.parametrize(("fault", "message"), [("dies", "exited unexpectedly"), ("hangs", "timed out"), ("raises", "Local")])
+@pytest.mark.parametrize(
+    ("fault", "message"), [("dies", "exited unexpectedly"), ("hangs", "timed out"), ("raises", "Local")]
+)
 def test_failing_workers_end_the_run_and_name_the_videos(tmp_path, fault, message):
     for number in range(2):
         make(tmp_path / f"clip{number}.mkv", frames=4)
+    next(iter(loader(VideoFolder(tmp_path, **SIZE), StepSampler(range(2), 2, 0), 1, 60)))  # the fork server is up
     found = Faulty(tmp_path, **SIZE)
     found.fault = fault
-    began, timeout = time.monotonic(), 8.0
+    began, timeout = time.monotonic(), 5.0
     with pytest.raises(RuntimeError, match=message) as caught:
         next(iter(loader(found, StepSampler(range(2), 2, 0), 1, timeout)))
     assert type(caught.value) is RuntimeError
@@ -303,4 +323,8 @@ def test_rejects_are_written_once(tmp_path):
     write_rejects(file, [Reject("a.mp4", "empty"), Reject("a.mp4", "empty again"), ("é\udcff.mp4", "odd name")])
     write_rejects(file, [("a.mp4", "met again"), ("c.mp4", "late")])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(r["path"], r["reason"]) for r in rows] == [("a.mp4", "empty"), ("é\udcff.mp4", "odd name"), ("c.mp4", "late")]
+    assert [(r["path"], r["reason"]) for r in rows] == [
+        ("a.mp4", "empty"),
+        ("é\udcff.mp4", "odd name"),
+        ("c.mp4", "late"),
+    ]

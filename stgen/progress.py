@@ -1,0 +1,114 @@
+"""Where a run stands, how fast it goes, and the draws that depend on both nothing but seed and number."""
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from stgen import checkpoint, schema
+
+SPEED_STEPS = 50  # a run limited in seconds fixes its number of steps from the speed of this many
+
+
+def steps_of(cfg: schema.Config, videos: int) -> int | None:
+    """Optimiser steps of the run; None until a run limited in seconds has measured its speed."""
+    if cfg.train.num_train_epochs is not None:
+        return max(1, math.ceil(cfg.train.num_train_epochs * videos / cfg.train.train_batch_size))
+    return cfg.train.max_train_steps
+
+
+class Progress:
+    """Where the run stands: everything but tensors that an exact resume needs."""
+
+    def __init__(self, total: int | None):
+        self.total = total
+        self.step = 0
+        self.seconds = 0.0  # spent on training steps, data included
+        self.wandb_id: str | None = None
+        self.held_out_loss: float | None = None
+        self.smooth_loss = 0.0
+        self._recent: list[float] = []  # seconds of the first steps
+        self._window: list[tuple[float, float]] = []  # loss and gradient norm since the last line of metrics
+
+    @classmethod
+    def resumed(cls, loaded: checkpoint.Loaded, total: int | None) -> "Progress":
+        state = loaded.state["progress"]
+        progress = cls(total)
+        progress.step, progress.seconds, progress.wandb_id = loaded.step, state["seconds"], state["wandb_id"]
+        progress.held_out_loss, progress.smooth_loss = state["held_out_loss"], state["smooth_loss"]
+        progress._recent, progress._window = state["recent"], [tuple(pair) for pair in state["window"]]
+        progress.total = total if total is not None else state["total"]
+        return progress
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "progress": {
+                "total": self.total,
+                "seconds": self.seconds,
+                "wandb_id": self.wandb_id,
+                "held_out_loss": self.held_out_loss,
+                "smooth_loss": self.smooth_loss,
+                "recent": self._recent,
+                "window": self._window,
+            }
+        }
+
+    @property
+    def done(self) -> bool:
+        return self.total is not None and self.step >= self.total
+
+    def advance(self, loss: float, norm: float, seconds: float, cfg: schema.Config) -> None:
+        """Count one optimiser step that took `seconds`."""
+        self.step += 1
+        self.seconds += seconds
+        self.smooth_loss = loss if self.step == 1 else 0.98 * self.smooth_loss + 0.02 * loss
+        self._window.append((loss, norm))
+        budget = cfg.train.max_train_seconds
+        if budget is not None and self.total is None:
+            self._recent.append(seconds)
+            if self.step >= SPEED_STEPS or self.seconds >= budget:
+                typical = sorted(self._recent)[len(self._recent) // 2]
+                self.total = self.step + max(0, int((budget - self.seconds) / typical))
+
+    def window_metrics(self, rate: float) -> dict[str, float]:
+        """Means since the last call."""
+        window, self._window = self._window, []
+        loss, norm = (sum(values) / len(window) for values in zip(*window, strict=True))
+        return {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate}
+
+
+class Meter:
+    """Seconds of a step by what they were spent on, and the rates that follow."""
+
+    def __init__(self, cfg: schema.Config, tokens: int, step_flops: int):
+        self.clips, self.tokens, self.flops = cfg.train.train_batch_size, tokens, step_flops
+        self._split = {"data": 0.0, "step": 0.0}
+        self._steps, self.seconds = 0, 0.0
+
+    def start(self) -> None:
+        self._mark, self.seconds = time.perf_counter(), 0.0
+        self._steps += 1
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last mark under `name`."""
+        if name == "step" and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._split[name] += now - self._mark
+        self.seconds += now - self._mark
+        self._mark = now
+
+    def metrics(self, rejected: int) -> dict[str, float]:
+        """Rates since the last call."""
+        data, step, steps = self._split["data"], self._split["step"], self._steps
+        seconds = (data + step) / steps
+        self._split, self._steps = {"data": 0.0, "step": 0.0}, 0
+        return {
+            "perf/step_time_s": seconds,
+            "perf/data_wait_s": data / steps,
+            "perf/samples_per_s": self.clips / seconds,
+            "perf/tokens_per_s": self.clips * self.tokens / seconds,
+            "perf/tflops": self.flops / seconds / 1e12,
+            "data/rejects": rejected,
+        }

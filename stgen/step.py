@@ -1,0 +1,57 @@
+"""One optimiser step: draws keyed by seed and sample, losses, and their gradients."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgen import build, schema, text
+from stgen.objective import Objective
+from stgen.source import Batch
+
+
+def generator(*key: Any) -> torch.Generator:
+    """A generator that depends on its key alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+def draw(cfg: schema.Config, objective: Objective, batch: Batch, first: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Noise [B, ...], times [B] and captions after dropout, each keyed by (seed, number of the sample in the run).
+
+    So the draws do not depend on how a batch is cut into parts or shared out, and two runs of one seed see the same.
+    """
+    noise, times, captions = [], [], []
+    for i, caption in enumerate(batch.captions):
+        g = generator(cfg.run.seed, "draw", first + i)
+        times.append(objective.draw_times(1, g))
+        captions.append("" if float(torch.rand((), generator=g)) < cfg.text.caption_dropout else caption)
+        noise.append(torch.randn(batch.latents.shape[1:], generator=g))
+    return torch.stack(noise).to(batch.latents.device), torch.cat(times).to(batch.latents.device), captions
+
+
+def losses(
+    cfg: schema.Config, forward: Any, parts: build.Parts, objective: Objective, batch: Batch,
+    noise: Tensor, t: Tensor, captions: list[str],
+) -> Tensor:  # fmt: skip
+    """Loss of each clip: [B]."""
+    z = objective.add_noise(batch.latents, noise, t)  # [B, C, T, H, W]
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=cfg.train.mixed_precision == "bf16"):
+        embeds, mask = text.encode(parts.text_encoder, parts.tokenizer, captions, cfg.text.max_length)
+        output = forward(z, objective.model_time(t), embeds, mask, return_dict=False)[0]
+    return objective.loss(output, batch.latents, noise, t)
+
+
+def accumulate(
+    cfg: schema.Config, forward: Any, parts: build.Parts, objective: Objective, batch: Batch, step: int
+) -> float:
+    """Gradients of the mean loss over the batch, computed in equal parts; returns that loss."""
+    total, first = 0.0, step * cfg.train.train_batch_size
+    for part in batch.parts(cfg.train.gradient_accumulation_steps):
+        noise, t, captions = draw(cfg, objective, part, first)
+        loss = losses(cfg, forward, parts, objective, part, noise, t, captions).sum() / len(batch.captions)
+        loss.backward()
+        total += float(loss.detach())
+        first += len(part.captions)
+    return total

@@ -1,0 +1,119 @@
+"""What a model can do: clips of fixed prompts, the loss on held-out clips, the oracle's verdict on built-in shapes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgen import build, dataset, schema, shapes, video
+from stgen.objective import Objective
+from stgen.pipeline import VideoPipeline
+from stgen.source import Batch
+from stgen.step import generator, losses
+
+
+@contextmanager
+def evaluating(parts: build.Parts, cfg: schema.Config, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, no gradients, the precision of training."""
+    for module in parts.trained.values():
+        module.eval()
+    bf16 = cfg.train.mixed_precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        yield
+    for module in parts.trained.values():
+        module.train()
+
+
+def held_out_loss(cfg: schema.Config, parts: build.Parts, objective: Objective, batch: Batch) -> float:
+    """Mean loss over the held-out clips, each at a fixed time and noise; times are spread evenly over (0, 1)."""
+    count, total = len(batch.captions), 0.0
+    for start in range(0, count, cfg.train.train_batch_size):
+        rows = range(start, min(start + cfg.train.train_batch_size, count))
+        latents = batch.latents[rows.start : rows.stop]
+        noise = [torch.randn(latents.shape[1:], generator=generator(cfg.run.seed, "held-out", i)) for i in rows]
+        t = torch.tensor([(i + 0.5) / count for i in rows], device=latents.device)
+        part = Batch(latents, batch.captions[rows.start : rows.stop], [])
+        total += float(
+            losses(
+                cfg, parts.transformer, parts, objective, part, torch.stack(noise).to(latents), t, part.captions
+            ).sum()
+        )
+    return total / count
+
+
+def prompts_of(cfg: schema.Config, captions: list[str], split: shapes.Split | None) -> list[str]:
+    """The prompts of the config; else two seen and two held-out ones of built-in shapes, or four captions."""
+    if cfg.validation.prompts is not None:
+        return cfg.validation.prompts
+    if split is not None and split.held_out:
+        return [combo.prompt for combo in (*split.seen[::20][:2], *split.held_out[:2])]
+    return list(dict.fromkeys(captions))[:4]
+
+
+def sample_prompts(
+    pipeline: VideoPipeline, prompts: list[str], cfg: schema.Config, fps: float, out: Path
+) -> list[tuple[Path, str]]:
+    """Sample each prompt at its fixed seed into `out`; returns files and captions."""
+    seeds = [cfg.validation.seed + i for i in range(len(prompts))]
+    clips = sample_clips(pipeline, prompts, seeds, cfg)
+    files = []
+    for i, (prompt, seed, frames) in enumerate(zip(prompts, seeds, clips, strict=True)):
+        path = out / f"{i:03d}-seed{seed}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        video.write(path, video.Clip(frames, fps))
+        files.append((path, f"{i}: {prompt}"))
+    return files
+
+
+def sample_clips(
+    pipeline: VideoPipeline, prompts: list[str], seeds: list[int], cfg: schema.Config, batch: int = 80
+) -> list[Tensor]:
+    """One clip, uint8 [T, 3, H, W], for each prompt and seed."""
+    pipeline.set_progress_bar_config(disable=True)
+    clips = []
+    for start in range(0, len(prompts), batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
+        frames = pipeline(
+            prompts[start : start + batch], cfg.validation.negative_prompt, generator=generators, output_type="pt"
+        ).frames  # [B, T, 3, H, W] in [0, 1]
+        clips += list((frames.float().cpu() * 255).round().to(torch.uint8))
+    return clips
+
+
+def finish(
+    cfg: schema.Config, pipeline: VideoPipeline, prompts: list[str], split: shapes.Split | None,
+    folder: dataset.VideoFolder, fps: float, run_dir: Path,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """The contact sheet, and for built-in shapes the oracle's verdict on prompts seen, held out, and on real clips."""
+    accuracy = {}
+    if split is not None and cfg.validation.judged_noises:
+        prompts = [combo.prompt for combo in (*split.seen[::10], *split.held_out)]
+        accuracy = judge(cfg, pipeline, split, folder)
+    files = sample_prompts(pipeline, prompts, cfg, fps, run_dir / "samples" / "final")
+    sheet = run_dir / "contact_sheet.png"
+    held_out = {combo.prompt for combo in split.held_out} if split is not None else set()
+    captions = [prompt + (" (never trained)" if prompt in held_out else "") for prompt in prompts]
+    video.contact_sheet(sheet, [video.read(path) for path, _ in files], captions)
+    return sheet, accuracy
+
+
+def judge(
+    cfg: schema.Config, pipeline: VideoPipeline, split: shapes.Split, folder: dataset.VideoFolder
+) -> dict[str, Any]:
+    """Share of clips of which the oracle reads the whole prompt: {seen, held_out, real}, with n and intervals beside."""
+    count = cfg.validation.judged_noises * len(split.held_out)
+    groups = {"seen": split.seen, "held_out": split.held_out}
+    detail = {}
+    for name, combos in groups.items():
+        asked = [combos[i % len(combos)] for i in range(count)]
+        seeds = [10_000 + i for i in range(count)]
+        clips = sample_clips(pipeline, [combo.prompt for combo in asked], seeds, cfg)
+        detail[name] = shapes.accuracy(clips, asked)
+    real = [folder[(i, 0)] for i in range(min(count, len(folder)))]
+    by_prompt = {combo.prompt: combo for combo in shapes.ALL}
+    clips = [item["frames"].movedim(0, 1) for item in real]
+    detail["real"] = shapes.accuracy(clips, [by_prompt[item["caption"]] for item in real])
+    return {"accuracy": {name: value["all"] for name, value in detail.items()}, "accuracy_detail": detail}
