@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -429,12 +429,16 @@ class _NamedLoader(DataLoader):
     """A DataLoader whose errors say which step and which videos were being read."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        batches = super().__iter__()
-        for step in count(self.batch_sampler.start_step):
+        batches, sampler, dataset = (
+            super().__iter__(),
+            cast(StepSampler, self.batch_sampler),
+            cast(VideoFolder, self.dataset),
+        )
+        for step in count(sampler.start_step):
             try:
                 batch = next(batches)
             except RuntimeError as error:
-                names = ", ".join(self.dataset.name(index) for index, _ in self.batch_sampler.samples(step))
+                names = ", ".join(dataset.name(index) for index, _ in sampler.samples(step))
                 raise RuntimeError(f"no batch for step {step}: {error}\nvideos of that batch: {names}") from None
             yield batch
 

@@ -400,7 +400,7 @@ def _write_stream(path: Path, arrays: np.ndarray, fps: float, encoding: _Encodin
     options = {"movflags": "+faststart"} if encoding.container == "mp4" else {}
     with av.open(os.path.abspath(path), "w", format=encoding.container, container_options=options) as container:
         container.flags |= ContainerFlags.bitexact.value  # no dates, no random ids
-        stream = container.add_stream(encoding.codec, rate=_rate(fps), options=encoding.options)
+        stream: Any = container.add_stream(encoding.codec, rate=_rate(fps), options=encoding.options)
         stream.height, stream.width = height, width
         stream.pix_fmt = encoding.odd_pixels if height % 2 or width % 2 else encoding.pixels
         context = stream.codec_context
@@ -429,10 +429,11 @@ def _write_gif(path: Path, arrays: np.ndarray, fps: float) -> None:
     colours[: len(used), 1:] = used
     indices = np.asarray(tall).reshape(count, height, width)
     with av.open(os.path.abspath(path), "w", format="gif") as container:
-        stream = container.add_stream("gif", rate=_rate(fps))
+        stream: Any = container.add_stream("gif", rate=_rate(fps))
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         for number, index in enumerate(indices):
-            frame = av.VideoFrame.from_ndarray((np.ascontiguousarray(index), colours), format="pal8")
+            picture: Any = (np.ascontiguousarray(index), colours)
+            frame = av.VideoFrame.from_ndarray(picture, format="pal8")
             frame.pts = number
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
