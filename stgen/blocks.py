@@ -24,7 +24,8 @@ class ModulationTable(nn.Module):
 
     def forward(self, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """shared [B, 3, C] -> shift, scale, gate, each [B, 1, C]."""
-        shift, scale, gate = (shared + self.table).unsqueeze(2).unbind(1)
+        # In the type of `shared`: mixed precision then keeps the residual stream, and its traffic, in bfloat16.
+        shift, scale, gate = (shared + self.table.to(shared.dtype)).unsqueeze(2).unbind(1)
         return shift, scale, gate
 
 

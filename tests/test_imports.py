@@ -1,0 +1,113 @@
+"""The house keeps its doors: which module may import which, read off the source, and what must load without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "stgen"
+MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p for p in PACKAGE.rglob("*.py")}
+
+ROOM_3 = {
+    "build", "checkpoint", "cli", "describe", "ema", "flops", "logger", "optim", "progress", "sample", "source", "step",
+    "train", "validation",
+}  # fmt: skip
+SPINE = {
+    # module: what of stgen it may import
+    "config": set(),
+    "schedules": set(),
+    "schema": {"attention.plan"},
+    "tokens": set(),
+    "video": set(),
+    "dataset": {"video"},
+    "shapes": {"video"},
+    "codec": set(),
+    "text": set(),
+    "blocks": {"attention", "mixers", "tokens", "ops"},
+    "model": {"attention", "mixers", "tokens", "ops", "blocks"},
+    "objective": set(),
+    "pipeline": {"model", "codec", "text", "objective"},
+}
+OUTSIDE = {"av": {"stgen.video"}, "wandb": {"stgen.logger"}, "triton": set()}  # who may import these
+
+
+def name_of(module: str) -> str:
+    return module.removesuffix(".__init__")
+
+
+def imports(path: Path, module: str) -> set[str]:
+    """Absolute names of everything a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: import by full name, not relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def of_stgen(path: Path, module: str) -> set[str]:
+    """Modules of stgen that a file imports, without the leading `stgen.`."""
+    known = {name_of(m) for m in MODULES}
+    targets = set()
+    for name in imports(path, module):
+        while name.startswith("stgen") and name not in known:
+            name = name.rpartition(".")[0]
+        if name.startswith("stgen."):
+            targets.add(name.removeprefix("stgen."))
+    return targets
+
+
+def within(target: str, rooms: set[str]) -> bool:
+    return any(target == room or target.startswith(room + ".") for room in rooms)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_its_place_allows(module):
+    name = name_of(module).removeprefix("stgen").lstrip(".")
+    targets = of_stgen(MODULES[module], module)
+    if name.startswith("ops"):
+        assert all(within(t, {"ops"}) for t in targets), targets
+        if name.endswith("reference"):
+            assert not any(t.endswith("triton") for t in targets), targets
+    elif name.startswith("attention"):
+        allowed = {"ops", "tokens", "schedules"} | ({"attention"} if name == "attention.attend" else set())
+        assert all(within(t, allowed) for t in targets), targets
+    elif name in SPINE:
+        assert all(within(t, SPINE[name]) for t in targets), targets
+    else:
+        assert name in ROOM_3 or name in ("", "__main__"), f"{name}: give the new module its row in this table"
+
+
+def test_nobody_above_imports_room_three():
+    for module, path in MODULES.items():
+        name = name_of(module).removeprefix("stgen").lstrip(".")
+        if name not in ROOM_3 and name not in ("", "__main__"):
+            assert not of_stgen(path, module) & ROOM_3, module
+
+
+@pytest.mark.parametrize("package", OUTSIDE)
+def test_outside_libraries_have_one_door(package):
+    users = {name_of(m) for m, path in MODULES.items() if any(i.split(".")[0] == package for i in imports(path, m))}
+    users = {user for user in users if not user.endswith(".triton")}
+    assert users <= OUTSIDE[package], users
+
+
+def loaded_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(out.stdout.split())
+
+
+def test_help_and_config_errors_load_no_torch():
+    assert "torch" not in loaded_after("import stgen, stgen.cli, stgen.config, stgen.schema")
+
+
+def test_ops_need_torch_alone():
+    modules = loaded_after("import stgen.ops.dense_attention")
+    assert "torch" in modules
+    assert not modules & {"diffusers", "transformers", "av", "wandb", "pydantic"}
