@@ -12,6 +12,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 Shape = tuple[int, int, int, int]
@@ -74,19 +75,14 @@ class PatchPCA(ModelMixin, ConfigMixin):
         return self
 
     def latent_shape(self, frames: int, height: int, width: int) -> Shape:
-        extents = []
-        for name, extent, patch in zip(
-            ("num_frames", "height", "width"), (frames, height, width), self.config.patch_size, strict=True
-        ):
-            if extent % patch:
-                raise CodecError(f"{name} {extent} is not divisible by the codec's patch of {patch}")
-            extents.append(extent // patch)
-        return (self.config.components, *extents)
+        p, q, r = self.config.patch_size
+        _check_divisible("the codec's patch of", num_frames=(frames, p), height=(height, q), width=(width, r))
+        return (self.config.components, frames // p, height // q, width // r)
 
     def encode(self, frames: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> [B, components, T/p, H/q, W/r]."""
         self.latent_shape(*frames.shape[2:])
-        latents = (self._patches(frames) - self.mean) @ self.basis.T / self.scale
+        latents = (self._patches(frames.to(self.mean.dtype)) - self.mean) @ self.basis.T / self.scale
         return latents.movedim(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -118,6 +114,7 @@ class Pixels(ModelMixin, ConfigMixin):
         return self
 
     def latent_shape(self, frames: int, height: int, width: int) -> Shape:
+        _check_divisible("a pixel of", num_frames=(frames, 1), height=(height, 1), width=(width, 1))
         return (3, frames, height, width)
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -142,9 +139,7 @@ class Autoencoder:
 
     def latent_shape(self, frames: int, height: int, width: int) -> Shape:
         channels, latent_frames, cell = self._probe(frames)
-        for name, extent in (("height", height), ("width", width)):
-            if extent % cell:
-                raise CodecError(f"{name} {extent} is not divisible by the autoencoder's cell of {cell} pixels")
+        _check_divisible("the autoencoder's cell of", height=(height, cell), width=(width, cell))
         return (channels, latent_frames, height // cell, width // cell)
 
     @torch.no_grad()
@@ -161,21 +156,26 @@ class Autoencoder:
         if not self.video:
             images = self.vae.decode(rearrange(latents, "b c t h w -> (b t) c h w")).sample
             return rearrange(images, "(b t) c h w -> b c t h w", t=latents.shape[2]).float()
-        return self.vae.decode(latents).sample.float()
+        told = {"temb": latents.new_zeros(len(latents))} if self._setting("timestep_conditioning") else {}
+        return self.vae.decode(latents, **told).sample.float()
 
     def _mean(self, frames: Tensor) -> Tensor:
-        out = self.vae.encode(frames)
-        return out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent
+        out = self.vae.encode(frames)[0]
+        return out if isinstance(out, Tensor) else out.mode()
+
+    def _setting(self, name: str) -> Any:
+        """A value of the autoencoder's config, or of its buffers, where the LTX family keeps its statistics."""
+        value = getattr(self.vae.config, name, None)
+        return dict(self.vae.named_buffers()).get(name) if value is None else value
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What to subtract from latents and what to divide them by."""
-        config = self.vae.config
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is not None and std is not None:
-            shape = (1, -1, *(1,) * (latents.ndim - 2))
-            return (latents.new_tensor(mean).view(shape), latents.new_tensor(std).view(shape))
-        scaling = getattr(config, "scaling_factor", None) or 1.0
-        return getattr(config, "shift_factor", None) or 0.0, 1.0 / scaling
+        mean, std = self._setting("latents_mean"), self._setting("latents_std")
+        scaling = self._setting("scaling_factor") or 1.0
+        if mean is None or std is None:
+            return self._setting("shift_factor") or 0.0, 1.0 / scaling
+        mean, std = (torch.as_tensor(x).to(latents).view(1, -1, *(1,) * (latents.ndim - 2)) for x in (mean, std))
+        return mean, std / scaling
 
     def _normalise(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
@@ -188,17 +188,27 @@ class Autoencoder:
     def _probe(self, frames: int) -> tuple[int, int, int]:
         """Send a small black clip through, since every family has its own rule for the number of frames."""
         if frames not in self._shapes:
-            side = 64
-            clip = torch.zeros(1, 3, frames, side, side, device=self.vae.device)
-            latents = self.encode(clip)
-            back = self.decode(latents).shape[2]
-            if back != frames:
-                raise CodecError(
-                    f"{type(self.vae).__name__} gives {back} frames back for num_frames={frames}; use a number that it "
-                    f"keeps, such as {back}"
-                )
-            self._shapes[frames] = (latents.shape[1], latents.shape[2], side // latents.shape[3])
+            found = self._try(frames)
+            if isinstance(found, str):
+                near = (n for d in range(1, 17) for n in (frames - d, frames + d) if n > 0)
+                kept = next((f"; the nearest number it takes is {n}" for n in near if self._keeps(n)), "")
+                raise CodecError(f"{type(self.vae).__name__} cannot take num_frames {frames}: {found}{kept}")
+            self._shapes[frames] = found
         return self._shapes[frames]
+
+    def _try(self, frames: int, side: int = 64) -> tuple[int, int, int] | str:
+        """Channels, latent frames and pixels per latent row of a black clip, or why it does not pass."""
+        try:
+            latents = self.encode(torch.zeros(1, 3, frames, side, side, device=self.vae.device))
+            back = self.decode(latents).shape[2]
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return _first_line(error)
+        if back != frames:
+            return f"it gives {back} frames back"
+        return latents.shape[1], latents.shape[2], side // latents.shape[3]
+
+    def _keeps(self, frames: int) -> bool:
+        return not isinstance(self._try(frames), str)
 
 
 def as_codec(component: Any) -> Codec:
@@ -212,8 +222,10 @@ def load_autoencoder(path: str, subfolder: str | None = None, dtype: str = "floa
     Raises CodecError when the folder holds none.
     """
     where = f"{path}/{subfolder}" if subfolder else path
+    if not Path(path).exists() and "/" not in path:
+        raise CodecError(f"codec.path: {path} is neither a folder nor a hub id")
     try:
-        config = ConfigMixin.load_config(path, subfolder=subfolder)
+        config = PatchPCA.load_config(path, subfolder=subfolder)  # of any class
     except (OSError, ValueError) as error:
         raise CodecError(
             f"codec.path: no autoencoder at {where} (expected config.json and safetensors): {_first_line(error)}"
@@ -221,15 +233,28 @@ def load_autoencoder(path: str, subfolder: str | None = None, dtype: str = "floa
     name = config.get("_class_name", "") if isinstance(config, dict) else ""
     if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
         raise CodecError(f"codec.path: {where} holds {name or 'no class name'}, not a diffusers autoencoder")
-    if Path(path).exists() is False and "/" not in path:
-        raise CodecError(f"codec.path: {path} is neither a folder nor a hub id")
     try:
-        return getattr(diffusers, name).from_pretrained(
-            path, subfolder=subfolder, torch_dtype=getattr(torch, dtype), use_safetensors=True
+        vae, report = getattr(diffusers, name).from_pretrained(
+            path,
+            subfolder=subfolder,
+            torch_dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CodecError(f"codec.path: {where} cannot be loaded: {_first_line(error)}") from None
+    if absent := report["missing_keys"]:
+        raise CodecError(f"codec.path: {where} lacks {len(absent)} weights of {name}, {absent[0]} among them")
+    return vae
+
+
+def _check_divisible(what: str, **extents: tuple[int, int]) -> None:
+    for name, (extent, size) in extents.items():
+        if extent < 1:
+            raise CodecError(f"{name} {extent} should be at least 1")
+        if extent % size:
+            raise CodecError(f"{name} {extent} is not divisible by {what} {size}")
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
 """The diffusers face of a trained model: prompts in, clips out, saved and loaded as one folder."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,14 @@ from torch import Tensor
 from stgen import codec as codecs
 from stgen import model, text  # noqa: F401  (a saved pipeline names these modules; they must be loaded to be found)
 from stgen.objective import Objective
+from stgen.tokens import Grid, grid_of
 
 SCHEDULERS = ("euler", "heun", "unipc", "dpm++", "ddim")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class PipelineError(ValueError):
+    """A request that cannot be met; one sentence that says what to do."""
 
 
 @dataclass
@@ -31,7 +37,7 @@ class VideoPipelineOutput(BaseOutput):
 def build_scheduler(name: str | None, objective: Objective) -> Any:
     """A diffusers scheduler for the objective's path; None takes euler for flow and ddim for diffusion.
 
-    Raises ValueError for a scheduler of the other path.
+    Raises PipelineError for a scheduler of the other path.
     """
     if objective.path == "diffusion":
         common = dict(
@@ -47,7 +53,7 @@ def build_scheduler(name: str | None, objective: Objective) -> Any:
                 return diffusers.UniPCMultistepScheduler(**common, timestep_spacing="trailing")
             case "dpm++":
                 return diffusers.DPMSolverMultistepScheduler(**common, timestep_spacing="trailing")
-        raise ValueError(f"scheduler {name} is for objective.path flow; with diffusion use ddim, unipc or dpm++")
+        raise PipelineError(f"scheduler {name} is for objective.path flow; with diffusion use ddim, unipc or dpm++")
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.shift)
     match name:
         case None | "euler":
@@ -58,15 +64,17 @@ def build_scheduler(name: str | None, objective: Objective) -> Any:
             return diffusers.UniPCMultistepScheduler(**flow)
         case "dpm++":
             return diffusers.DPMSolverMultistepScheduler(**flow)
-    raise ValueError(f"scheduler {name} is for objective.path diffusion; with flow use euler, heun, unipc or dpm++")
+    raise PipelineError(f"scheduler {name} is for objective.path diffusion; with flow use euler, heun, unipc or dpm++")
 
 
 def set_steps(scheduler: Any, steps: int, path: str, device: torch.device | str) -> None:
     """Fix the scheduler's times.
 
-    Under flow the times 1, ..., 1/n are passed where the scheduler takes them, since left to itself the Euler
-    scheduler shifts its smallest time twice.
+    Under flow the times are 1, ..., 1/n before they are shifted. They are passed where the scheduler takes them, since
+    left to themselves Euler and Heun shift their smallest time twice.
     """
+    if isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
+        scheduler.sigma_min = 1.0 / steps
     if path == "flow" and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
     else:
@@ -106,6 +114,7 @@ class VideoPipeline(DiffusionPipeline):
         self.register_to_config(objective=dict(objective or {}), sampling=dict(sampling or {}))
         self.objective = Objective(**(objective or {}))
         self.video_processor = VideoProcessor()
+        self._codec_face: tuple[Any, codecs.Codec] | None = None
 
     @property
     def guidance_scale(self) -> float:
@@ -115,16 +124,31 @@ class VideoPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         return self._num_timesteps
 
-    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] and mask [B, L]."""
+    def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, L, D] and mask [B, L]; needs no component but the text encoder and its tokenizer."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         length = self.config.sampling.get("max_length", 128)
         return text.encode(self.text_encoder, self.tokenizer, prompts, length)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape of a clip's latents. Raises PipelineError or CodecError for a size that cannot be sampled."""
+        shape = self._wrapped_codec().latent_shape(num_frames, height, width)
+        trained = self.transformer.config
+        try:
+            grid = grid_of(shape[1:], trained.patch_size)
+        except ValueError as error:
+            raise PipelineError(f"{num_frames} frames of {height}x{width}: {error}") from None
+        if trained.positions == "learned" and grid != Grid(*trained.grid):
+            raise PipelineError(
+                f"{num_frames} frames of {height}x{width}: learned positions hold for the training size alone"
+            )
+        return shape
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -140,13 +164,13 @@ class VideoPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> VideoPipelineOutput | tuple[Any]:
         """Sample clips.
 
         Args:
             prompt: one prompt or several; or give prompt_embeds [B, L, D] with prompt_attention_mask [B, L].
-            negative_prompt: what guidance leads away from; one for all or one for each prompt.
+            negative_prompt: what guidance leads away from; one for all or one for each prompt. None is the empty prompt.
             num_frames, height, width: size of the clips; None takes the training size.
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance (Ho & Salimans, arXiv:2207.12598); at most 1 switches it off.
@@ -154,29 +178,40 @@ class VideoPipeline(DiffusionPipeline):
             generator: one generator, or one for each clip: then a clip does not depend on its neighbours.
             latents: the starting noise [B, C, t, h, w].
             output_type: `pil`, `np`, `pt` or `latent`.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; what it returns takes
+                the place of the tensors, of which callback_on_step_end_tensor_inputs names those it is given.
 
         Returns:
             VideoPipelineOutput, or a tuple if return_dict is false.
+
+        Raises:
+            PipelineError, CodecError: what is asked for cannot be sampled.
         """
-        size = {"num_frames": num_frames, "height": height, "width": width}
-        defaults = self.config.sampling
-        num_frames, height, width = (size[key] or defaults[key] for key in size)
-        steps = num_inference_steps or defaults.get("num_inference_steps", 20)
-        self._guidance_scale = defaults.get("guidance_scale", 3.0) if guidance_scale is None else guidance_scale
+        defaults = {"num_inference_steps": 20, "guidance_scale": 3.0, **self.config.sampling}
+        num_frames = defaults["num_frames"] if num_frames is None else num_frames
+        height = defaults["height"] if height is None else height
+        width = defaults["width"] if width is None else width
+        steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        self._guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         device = self._execution_device
+        self._check_call(steps, num_videos_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        shape = self.latent_shape(num_frames, height, width)
 
-        prompt_embeds, mask = self._embeddings(prompt, prompt_embeds, prompt_attention_mask, num_videos_per_prompt)
-        count = len(prompt_embeds)
-        negative = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
-        repeats = 1 if len(negative) == count else num_videos_per_prompt
+        prompt_embeds, mask = self._embeddings(prompt, prompt_embeds, prompt_attention_mask)
+        prompts = len(prompt_embeds)
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt or ""] * prompts
         negative_prompt_embeds, negative_mask = self._embeddings(
-            negative, negative_prompt_embeds, negative_prompt_attention_mask, repeats
+            negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
         )
-        if len(negative_prompt_embeds) != count:
-            raise ValueError(f"negative_prompt: {len(negative_prompt_embeds)} given for {count} clips")
+        if len(negative_prompt_embeds) != prompts:
+            raise PipelineError(f"negative_prompt: {len(negative_prompt_embeds)} given for {prompts} prompts")
+        prompt_embeds, mask, negative_prompt_embeds, negative_mask = (
+            x.repeat_interleave(num_videos_per_prompt, 0)
+            for x in (prompt_embeds, mask, negative_prompt_embeds, negative_mask)
+        )
 
-        codec = codecs.as_codec(self.codec)
-        latents = self._noise(latents, (count, *codec.latent_shape(num_frames, height, width)), generator, device)
+        latents = self._noise(latents, (len(prompt_embeds), *shape), generator, device)
         set_steps(self.scheduler, steps, self.objective.path, device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -199,28 +234,46 @@ class VideoPipeline(DiffusionPipeline):
                     negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
                 bar.update()
 
-        frames = latents if output_type == "latent" else self._frames(codec.decode(latents), output_type)
+        frames = latents if output_type == "latent" else self._frames(latents, output_type)
         self.maybe_free_model_hooks()
         return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
+    def _check_call(self, steps: int, videos: int, output_type: str, tensor_inputs: Sequence[str]) -> None:
+        for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
+            if value < 1:
+                raise PipelineError(f"{name} {value} should be at least 1")
+        if output_type not in OUTPUT_TYPES:
+            raise PipelineError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+        if unknown := set(tensor_inputs) - set(self._callback_tensor_inputs):
+            known = ", ".join(self._callback_tensor_inputs)
+            raise PipelineError(f"callback_on_step_end_tensor_inputs: {min(unknown)!r} is none of {known}")
+
+    def _wrapped_codec(self) -> codecs.Codec:
+        """The codec, wrapped once, since a diffusers autoencoder is probed for what it takes."""
+        if self._codec_face is None or self._codec_face[0] is not self.codec:
+            self._codec_face = (self.codec, codecs.as_codec(self.codec))
+        return self._codec_face[1]
+
     def _embeddings(
-        self, prompt: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None, repeats: int
+        self, prompt: str | list[str] | None, embeds: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings and mask of the prompts, or those given, `repeats` times each."""
+        """Embeddings and mask of the prompts, or those given, on the device and in the type of the transformer."""
         if embeds is None:
-            if prompt is None:
-                raise ValueError("give prompt or prompt_embeds")
-            embeds, mask = self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt))
+            if prompt is None or prompt == []:
+                raise PipelineError("give prompt or prompt_embeds")
+            embeds, mask = self.encode_prompt(prompt)
         if mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        dtype = self.transformer.dtype
-        return embeds.to(dtype).repeat_interleave(repeats, 0), mask.bool().repeat_interleave(repeats, 0)
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
+        device = self._execution_device
+        return embeds.to(device, self.transformer.dtype), mask.to(device, torch.bool)
 
     def _noise(self, latents: Tensor | None, shape: tuple[int, ...], generator, device) -> Tensor:
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise PipelineError(f"generator: {len(generator)} given for {shape[0]} clips")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents: shape {list(latents.shape)} given, {list(shape)} needed")
+            raise PipelineError(f"latents: shape {list(latents.shape)} given, {list(shape)} needed")
         scale = 1.0 if self.objective.path == "flow" else self.scheduler.init_noise_sigma
         return latents.to(device, torch.float32) * scale
 
@@ -240,8 +293,9 @@ class VideoPipeline(DiffusionPipeline):
         level = torch.as_tensor(t, dtype=torch.float32, device=latents.device).expand(len(latents))
         return self.objective.for_scheduler(output, latents, level)
 
-    def _frames(self, decoded: Tensor, output_type: str) -> Any:
-        return self.video_processor.postprocess_video(decoded, output_type=output_type)
+    def _frames(self, latents: Tensor, output_type: str) -> Any:
+        decoded = self._wrapped_codec().decode(latents)  # [B, 3, T, H, W] in [-1, 1], not clipped
+        return self.video_processor.postprocess_video(decoded.float(), output_type=output_type)
 
 
 def _stack(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

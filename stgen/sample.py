@@ -1,18 +1,22 @@
 """Sampling: a run folder and prompts in; clips, their settings and a contact sheet out."""
 
 import csv
+import io
 import json
+import math
+import shutil
 from argparse import Namespace
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from stgen import build, text, video
 from stgen.logger import Logger
-from stgen.pipeline import VideoPipeline, build_scheduler
+from stgen.pipeline import SCHEDULERS, VideoPipeline, build_scheduler
 
 
 class SampleError(ValueError):
@@ -35,59 +39,86 @@ class Request:
     scheduler: str | None
 
 
+WHOLE = {"seed": 0, "num_inference_steps": 1, "num_frames": 1, "height": 1, "width": 1}  # options and their least value
+NUMBERS = ("guidance_scale", "fps")
+
+
 def sample(args: Namespace) -> list[Path]:
     """Sample what the command line asks for; returns the files of the clips."""
-    pipeline = build.load_pipeline(args.run, args.weights)
+    pipeline = _load(args)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise SampleError("--device cuda: PyTorch finds no CUDA device; say auto or cpu")
     pipeline.to("cuda" if cuda else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     requests = read_requests(args, pipeline.config.sampling)
+    check_requests(pipeline, requests)
     warn_of_unknown_words(pipeline, requests)
 
-    out = args.output_dir or args.run / "samples"
-    out.mkdir(parents=True, exist_ok=True)
-    run = args.run.resolve().name
-    logger = Logger(
-        out, {**vars(args), "run": str(args.run)}, mode=args.wandb, project="stgen", group=run, name=f"{run}-samples",
-        job_type="sample", run_id=None, resume_step=None,
-    )  # fmt: skip
+    home = args.run.parent if args.run.name.startswith("checkpoint-") else args.run
+    out = args.output_dir or home / "samples"
+    run = home.resolve().name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        logger = Logger(
+            out, vars(args), mode=args.wandb, project="stgen", group=run, name=f"{run}-samples", job_type="sample"
+        )
+    except OSError as error:
+        raise SampleError(f"--output_dir: {out} cannot be written to: {error.strerror}") from None
     files, clips = [], []
-    with tqdm(total=len(requests), desc="sampling", unit="clip") as bar:
-        for first, group in _batches(requests, args.batch_size):
-            for i, (request, clip) in enumerate(zip(group, _run(pipeline, group), strict=True), start=first):
-                files.append(_write(out, i, request, clip, args))
-                clips.append(clip)
-                bar.update()
-    captions = [f"{request.prompt}  (seed {request.seed})" for request in requests]
-    if "sheet" in args.output:
-        video.contact_sheet(out / "contact_sheet.png", clips, captions)
-        logger.image(0, "samples/contact_sheet", out / "contact_sheet.png")
-    logger.videos(0, "samples/videos", list(zip([f for f in files if f.suffix == ".mp4"], captions, strict=False)))
-    logger.finish()
+    try:
+        with tqdm(total=len(requests), desc="sampling", unit="clip") as bar:
+            for first, group in _batches(requests, args.batch_size):
+                for i, (request, clip) in enumerate(zip(group, _run(pipeline, group), strict=True), start=first):
+                    files.append(_write(out, i, request, clip, args))
+                    clips += [clip] if "sheet" in args.output else []
+                    bar.update()
+        captions = [f"{request.prompt}  (seed {request.seed})" for request in requests]
+        if "sheet" in args.output:
+            video.contact_sheet(out / "contact_sheet.png", clips, captions)
+            logger.image(0, "samples/contact_sheet", out / "contact_sheet.png")
+        if files[0].suffix == ".mp4":
+            logger.videos(0, "samples/videos", list(zip(files, captions, strict=True)))
+    finally:
+        logger.finish()
     print(f"{len(files)} clips in {out}" + (f"; {files[0].name} first" if len(files) > 1 else f": {files[0].name}"))
-    print(f"W&B: {logger.where}")
+    print(logger.where)
     return files
+
+
+def _load(args: Namespace) -> VideoPipeline:
+    try:
+        return build.load_pipeline(args.run, args.weights)
+    except (OSError, SafetensorError) as error:
+        raise SampleError(f"{args.run} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 # ------------------------------------------------------------------------------------------------------- requests
 
 
 def read_requests(args: Namespace, trained: dict[str, Any]) -> list[Request]:
-    """Every clip that the arguments ask for: prompts in order, the clips of a prompt by seed."""
+    """Every clip that the arguments ask for: prompts in order, the clips of a prompt by seed.
+
+    Raises SampleError naming the option, or the file and line, of what cannot be used.
+    """
+    for name in ("num_videos_per_prompt", "batch_size"):
+        if getattr(args, name) < 1:
+            raise SampleError(f"--{name}: {getattr(args, name)} should be at least 1")
+    if len(args.seed) > 1 and args.num_videos_per_prompt not in (1, len(args.seed)):
+        raise SampleError(
+            f"--seed: {len(args.seed)} seeds for {args.num_videos_per_prompt} clips of a prompt; give one"
+        )
     names = [field.name for field in fields(Request) if field.name not in ("prompt", "seed")]
-    given = {name: getattr(args, name) for name in names}
+    given = {name: _convert(f"--{name}: ", name, getattr(args, name)) for name in names}
     given = {name: trained.get(name) if value is None else value for name, value in given.items()}
-    rows = [{"prompt": prompt} for prompt in args.prompt or []]
+    given_seeds = [_convert("--seed: ", "seed", seed) for seed in args.seed]
+
+    rows = [("--prompt: ", {"prompt": prompt}) for prompt in args.prompt or []]
     rows += read_prompt_file(args.prompt_file) if args.prompt_file else []
     requests = []
-    for row in rows:
-        try:
-            options = {name: _convert(name, value) for name, value in row.items() if value not in (None, "")}
-        except ValueError as error:
-            raise SampleError(f"{args.prompt_file}: {error}") from None
-        seeds = [options.pop("seed")] if "seed" in options else args.seed
+    for where, row in rows:
+        options = {name: _convert(where, name, value) for name, value in row.items() if value not in (None, "")}
+        seeds = [options.pop("seed")] if "seed" in options else given_seeds
         if len(seeds) == 1:
             seeds = [seeds[0] + i for i in range(args.num_videos_per_prompt)]
         base = Request(**{"prompt": "", "seed": 0, **given, **options})
@@ -97,44 +128,88 @@ def read_requests(args: Namespace, trained: dict[str, Any]) -> list[Request]:
     return requests
 
 
-def read_prompt_file(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .txt, .csv or .jsonl file, each with a prompt and perhaps other options.
+def read_prompt_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a .txt, .csv or .jsonl file: the place of each (`file:line: `), its prompt and perhaps other options.
 
     Raises SampleError naming the file and the line of a row that cannot be read.
     """
     if not path.is_file():
         raise SampleError(f"--prompt_file: {path} is not a file")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    lines = content.replace("\r\n", "\n").split("\n")  # a JSON string may hold what str.splitlines() takes for an end
     if path.suffix == ".csv":
-        rows = [(i, row) for i, row in enumerate(csv.DictReader(lines), start=2)]
+        rows = _csv_rows(path, content)
     elif path.suffix == ".jsonl":
         rows = [(i, _json(path, i, line)) for i, line in enumerate(lines, start=1) if line.strip()]
     else:
-        return [{"prompt": line.strip()} for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        rows = [(i, {"prompt": line.strip()}) for i, line in enumerate(lines, start=1)]
+        rows = [(i, row) for i, row in rows if row["prompt"] and not row["prompt"].startswith("#")]
     known = {field.name for field in fields(Request)}
     for i, row in rows:
-        if not isinstance(row, dict) or "prompt" not in row:
+        if not isinstance(row, dict) or row.get("prompt") is None:
             raise SampleError(f"{path}:{i}: no prompt in this row")
-        if unknown := sorted(str(key) for key in row if key not in known):
+        if None in row:
+            raise SampleError(f"{path}:{i}: more values than columns; quote a prompt that holds a comma")
+        if unknown := sorted(key for key in row if key not in known):
             raise SampleError(f"{path}:{i}: unknown column {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    return [row for _, row in rows]
+    return [(f"{path}:{i}: ", row) for i, row in rows]
+
+
+def _csv_rows(path: Path, content: str) -> list[tuple[int, dict[str, str]]]:
+    """Rows with the line on which each ends."""
+    reader = csv.DictReader(io.StringIO(content, newline=""))
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise SampleError(f"{path}:{reader.line_num + 1}: not CSV: {error}") from None
 
 
 def _json(path: Path, line: int, content: str) -> Any:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SampleError(f"{path}:{line}: not JSON: {error}") from None
 
 
-def _convert(name: str, value: Any) -> Any:
-    """A column's value in the type of its option."""
-    types = {"seed": int, "num_inference_steps": int, "num_frames": int, "height": int, "width": int}
-    kind = types.get(name) or (float if name in ("guidance_scale", "fps") else str)
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} should be {'a whole number' if kind is int else 'a number'}, got {value!r}") from None
+def _convert(where: str, name: str, value: Any) -> Any:
+    """An option's value in its type; None stays None. Raises SampleError that begins with `where`."""
+    if value is None:
+        return None
+    if name in WHOLE:
+        number = _number(value)
+        if number % 1 != 0 or not WHOLE[name] <= number < 2**63:
+            raise SampleError(f"{where}{name} should be a whole number from {WHOLE[name]} on, got {value!r}")
+        return int(number)
+    if name in NUMBERS:
+        number = _number(value)
+        if not math.isfinite(number) or (name == "fps" and number <= 0):
+            raise SampleError(f"{where}{name} should be a {'positive ' if name == 'fps' else ''}number, got {value!r}")
+        return float(number)
+    if not isinstance(value, str):
+        raise SampleError(f"{where}{name} should be text, got {value!r}")
+    if name == "scheduler" and value not in SCHEDULERS:
+        raise SampleError(f"{where}scheduler {value!r} is none of {', '.join(SCHEDULERS)}")
+    return value
+
+
+def _number(value: Any) -> int | float:
+    """The number that a value stands for, NaN for none."""
+    for kind in (int, float):
+        try:
+            return value if type(value) is kind else kind(str(value))
+        except ValueError:
+            pass
+    return math.nan
+
+
+def check_requests(pipeline: VideoPipeline, requests: list[Request]) -> None:
+    """Refuse sizes and schedulers that this model cannot take, before anything is sampled."""
+    for request in dict.fromkeys(_settings(request) for request in requests):
+        pipeline.latent_shape(request.num_frames, request.height, request.width)
+        build_scheduler(request.scheduler, pipeline.objective)
 
 
 def warn_of_unknown_words(pipeline: VideoPipeline, requests: list[Request]) -> None:
@@ -171,7 +246,7 @@ def _settings(request: Request) -> Request:
 
 def _run(pipeline: VideoPipeline, group: list[Request]) -> list[video.Clip]:
     """Clips of requests with common settings. Each has its own generator, so that its neighbours do not matter."""
-    first = group[0]
+    first, own = group[0], pipeline.scheduler
     if first.scheduler is not None:
         pipeline.scheduler = build_scheduler(first.scheduler, pipeline.objective)
     frames = pipeline(
@@ -185,17 +260,21 @@ def _run(pipeline: VideoPipeline, group: list[Request]) -> list[video.Clip]:
         generator=[torch.Generator().manual_seed(request.seed) for request in group],
         output_type="pt",
     ).frames  # [B, T, 3, H, W] in [0, 1]
+    pipeline.scheduler = own
     frames = (frames.float().cpu() * 255).round().to(torch.uint8)
     return [video.Clip(clip, request.fps) for clip, request in zip(frames, group, strict=True)]
 
 
 def _write(out: Path, index: int, request: Request, clip: video.Clip, args: Namespace) -> Path:
-    """The clip in every form asked for, and its settings; returns the first file."""
+    """The clip in every form asked for, and its settings; returns the mp4 where there is one."""
     name = f"{index:03d}-seed{request.seed}"
     forms = {"mp4": out / f"{name}.mp4", "gif": out / f"{name}.gif", "frames": out / name}
-    written = [forms[form] for form in args.output if form in forms] or [forms["mp4"]]
+    written = [forms[form] for form in forms if form in args.output] or [forms["mp4"]]
     for path in written:
+        if path.is_dir():
+            shutil.rmtree(path)  # frames of an earlier call
         video.write(path, clip)
     settings = {**asdict(request), "run": str(args.run), "weights": args.weights}
-    (out / f"{name}.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (out / f"{name}.json").write_text(content, encoding="utf-8", errors="backslashreplace")
     return written[0]

@@ -22,9 +22,14 @@ from stgen import video
 COLOURS = {"red": (220, 50, 50), "green": (50, 200, 70), "blue": (60, 90, 230), "yellow": (230, 210, 50)}
 KINDS = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows, columns
+RELATIVE = {"circle": 1.0, "square": 1.0, "triangle": 0.74}  # radii that give the kinds about the same extent
 REACH = {"circle": 1.0, "square": 0.89, "triangle": 1.56}  # farthest point from the centre along an axis, in radii
 FPS = 8.0
 MARKER = "shapes.json"  # lies in a rendered folder and says how it was made
+
+
+class ShapesError(ValueError):
+    """A split that cannot be had; one sentence."""
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +56,7 @@ def split(held_out: int, seed: int) -> Split:
     """Choose `held_out` combinations, no two of which share a pair of values.
 
     So each pair, such as red and circle, is still seen with all but one value of the third attribute.
-    Raises ValueError when so many cannot be chosen.
+    Raises ShapesError when so many cannot be chosen.
     """
     rng = random.Random(seed)
     for _ in range(1000):
@@ -61,7 +66,7 @@ def split(held_out: int, seed: int) -> Split:
                 held.append(candidate)
         if len(held) == held_out:
             return Split(tuple(c for c in ALL if c not in held), tuple(sorted(held)))
-    raise ValueError(f"data.shapes.held_out: {held_out} combinations cannot be held out; at most 12 share no pair")
+    raise ShapesError(f"data.shapes.held_out: {held_out} combinations cannot be held out; at most 12 share no pair")
 
 
 def _pairs(combo: Combination) -> set[tuple[str, str]]:
@@ -95,8 +100,8 @@ def render(combo: Combination, frames: int, height: int, width: int, seed: int) 
     """One clip, uint8 [T, 3, H, W]: random size, start, travel and grey ground, all from `seed`."""
     rng = random.Random(f"{seed}-{combo.prompt}")
     side = min(height, width)
-    radius = rng.uniform(0.15, 0.22) * side
-    travel = rng.uniform(0.3, 0.45)
+    radius = rng.uniform(0.19, 0.27) * side * RELATIVE[combo.kind]
+    travel = rng.uniform(0.28, 0.42)
     margin = REACH[combo.kind] * radius + 1
     start, end = [], []
     for extent, sign in zip((height, width), DIRECTIONS[combo.direction], strict=True):
@@ -122,10 +127,13 @@ def write_folder(
     )  # fmt: skip
     chosen = split(held_out, held_out_seed)
     marker = root / MARKER
-    if marker.exists() and json.loads(marker.read_text()).get("recipe") == recipe:
+    if _recipe(root) == recipe:
         return chosen
     root.mkdir(parents=True, exist_ok=True)
-    marker.unlink(missing_ok=True)
+    if marker.exists():  # an earlier recipe's clips, some of which this one may not replace
+        for path in root.glob("[0-9]" * 5 + ".mp4"):
+            path.unlink()
+    marker.write_text("{}\n")  # not finished
     combos = [chosen.seen[i % len(chosen.seen)] for i in range(clips)]
 
     def write(i: int) -> None:
@@ -144,11 +152,16 @@ def write_folder(
 
 def split_of(root: Path) -> Split | None:
     """The split by which a folder was rendered; None for any other folder."""
-    marker = root / MARKER
-    if not marker.is_file():
+    recipe = _recipe(root)
+    return split(recipe["held_out"], recipe["held_out_seed"]) if recipe else None
+
+
+def _recipe(root: Path) -> dict[str, int] | None:
+    """How a folder was rendered; None for any other folder and for one that was not finished."""
+    try:
+        return json.loads((root / MARKER).read_text()).get("recipe")
+    except (OSError, ValueError):
         return None
-    recipe = json.loads(marker.read_text())["recipe"]
-    return split(recipe["held_out"], recipe["held_out_seed"])
 
 
 # ---------------------------------------------------------------------------------------------------- the oracle
@@ -183,7 +196,7 @@ def judge(frames: Tensor) -> Verdict:
     mask = (x - ground).square().sum(1).sqrt() > FOREGROUND  # [T, H, W]
     areas = mask.flatten(1).sum(1)  # [T]
     height, width = mask.shape[1:]
-    if (areas < 9).any():
+    if (areas < 9).any() or areas.median() > height * width / 2:  # gone, or noise all over
         return Verdict(None, None, None, 0.0)
     grid = torch.stack(
         torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")

@@ -6,11 +6,13 @@ CLIP come from transformers; they are frozen.
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 PAD, END, UNKNOWN = 0, 1, 2
@@ -75,7 +77,7 @@ class LearnedTextEncoder(ModelMixin, ConfigMixin):
 
     def _encode(self, prompt: str) -> list[int]:
         if self._ids is None:
-            return [byte + _RESERVED for byte in prompt.encode()]
+            return [byte + _RESERVED for byte in prompt.encode(errors="replace")]
         return [self._ids.get(word, UNKNOWN) for word in words_of(prompt)]
 
 
@@ -87,7 +89,8 @@ def encode(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], max_length
     if tokenizer is None:
         ids, mask = (x.to(text_encoder.device) for x in text_encoder.tokenize(prompts))
         return text_encoder(ids, mask), mask
-    batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    length = min(max_length, getattr(text_encoder.config, "max_position_embeddings", max_length))  # CLIP has 77 places
+    batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
     ids, mask = batch.input_ids.to(text_encoder.device), batch.attention_mask.to(text_encoder.device)
     with torch.no_grad():
         return text_encoder(input_ids=ids, attention_mask=mask)[0].float(), mask.bool()
@@ -111,11 +114,15 @@ def load_pretrained(path: str, subfolder: str | None = None) -> tuple[Any, Any, 
     try:
         kind = transformers.AutoConfig.from_pretrained(path, **where).model_type
         loader = getattr(transformers, classes.get(kind, "AutoModel"))
-        encoder = loader.from_pretrained(path, use_safetensors=True, **where)
+        encoder, report = loader.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
         tokenizer = _load_tokenizer(transformers, path, where)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextError(f"text.path: no text encoder with tokenizer at {path}: {reason}") from None
+    if absent := sorted(report["missing_keys"]):
+        raise TextError(
+            f"text.path: {path} lacks {len(absent)} weights of {type(encoder).__name__}, {absent[0]} among them"
+        )
     encoder = encoder.requires_grad_(False).eval()
     return (
         encoder,
@@ -129,4 +136,8 @@ def _load_tokenizer(transformers: Any, path: str, where: dict[str, str]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
     except (OSError, ValueError):
+        folder = Path(path, *where.values())
+        # For some models transformers makes up a tokenizer without words where there is none.
+        if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "*vocab*", "*.model")):
+            raise OSError(f"{folder} holds no tokenizer") from None
         return transformers.AutoTokenizer.from_pretrained(path, **where)

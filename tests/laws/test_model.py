@@ -118,7 +118,9 @@ def test_a_batch_equals_its_singles():
     batch = model(latents, t, text, mask).sample
     for i in range(2):
         one = slice(i, i + 1)
-        torch.testing.assert_close(model(latents[one], t[one], text[one], mask[one]).sample, batch[one], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model(latents[one], t[one], text[one], mask[one]).sample, batch[one], atol=1e-5, rtol=0
+        )
 
 
 def test_gradient_checkpointing_changes_no_gradient():

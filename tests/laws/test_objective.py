@@ -41,7 +41,9 @@ def test_the_right_prediction_has_no_loss_and_a_wrong_one_the_velocitys():
 
 def test_the_weight_of_data_prediction_is_held_below_the_smallest_time():
     error = torch.ones(1, 1, 1, 1, 1)
-    losses = [Objective(prediction_type="sample").loss(error, 0 * error, error, torch.tensor([t])) for t in (1e-4, 0.05)]
+    losses = [
+        Objective(prediction_type="sample").loss(error, 0 * error, error, torch.tensor([t])) for t in (1e-4, 0.05)
+    ]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[1], torch.tensor([400.0]))
 
