@@ -320,8 +320,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="sizes; default: all")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: both")
-    parser.add_argument("--repeats", type=int, default=12, help="counted rounds, 2 at least; default: 12")
+    parser.add_argument("--repeats", type=int, default=10, help="counted rounds, 2 at least; default: 10")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice. On a busy machine take 1")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, device and versions to FILE")
     args = parser.parse_args(argv)
@@ -332,6 +333,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     machine = describe_machine(torch.device(args.device))
     print(", ".join(f"{key} {value}" for key, value in machine.items() if value is not None), flush=True)
     rates = gemm_rates([CASES[name] for name in args.cases], args.dtype, torch.device(args.device))

@@ -220,7 +220,7 @@ def warn_of_unknown_words(pipeline: VideoPipeline, requests: list[Request]) -> N
     unknown = dict.fromkeys(word for prompt in prompts for word in pipeline.text_encoder.unknown_words(prompt))
     if unknown:
         tqdm.write(
-            f"warning: no training caption held {', '.join(map(repr, unknown))}; such words say nothing to this model"
+            f"warning: no training caption held {', '.join(map(repr, unknown))}; they are left out"
         )
 
 

@@ -15,8 +15,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-PAD, END, UNKNOWN = 0, 1, 2
-_RESERVED = 3
+PAD, END = 0, 1
+_RESERVED = 2
 
 
 class TextError(ValueError):
@@ -78,7 +78,8 @@ class LearnedTextEncoder(ModelMixin, ConfigMixin):
     def _encode(self, prompt: str) -> list[int]:
         if self._ids is None:
             return [byte + _RESERVED for byte in prompt.encode(errors="replace")]
-        return [self._ids.get(word, UNKNOWN) for word in words_of(prompt)]
+        # A word never trained has no embedding but a random one; better to leave it out, and say so.
+        return [self._ids[word] for word in words_of(prompt) if word in self._ids]
 
 
 def encode(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], max_length: int = 128) -> tuple[Tensor, Tensor]:

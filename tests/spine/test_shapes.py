@@ -13,6 +13,15 @@ from stgen.shapes import ALL, COLOURS, Combination, ShapesError, judge, render, 
 RECIPE = dict(clips=3, held_out=2, held_out_seed=0, num_frames=4, height=32, width=32, seed=0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These clips are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pairs(combos):
     return [pair for c in combos for pair in combinations((c.colour, c.kind, c.direction), 2)]
 
@@ -71,7 +80,7 @@ def test_rendering_depends_on_its_seed():
 # -------------------------------------------------------------------------------------------------------- the oracle
 
 
-@pytest.mark.parametrize(("size", "seeds", "least"), [(48, 4, 0.99), (32, 4, 0.95)])
+@pytest.mark.parametrize(("size", "seeds", "least"), [(48, 3, 0.99), (32, 2, 0.95)])
 def test_the_oracle_reads_clips_back_from_mp4(size, seeds, least, tmp_path):
     clips, combos = [], ALL * seeds
     for i, combo in enumerate(combos):
