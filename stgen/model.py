@@ -119,10 +119,7 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         x = x + self._positions(grid, x) if self.config.positions in ("sincos", "learned") else x
         rope = self._rope(grid, x.device) if self.config.positions == "rope" else None
 
-        mask = encoder_attention_mask
-        if mask is None:
-            mask = torch.ones(encoder_hidden_states.shape[:2], dtype=torch.bool, device=x.device)
-        mask = mask.bool()
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         text = self.text_embed(encoder_hidden_states)  # [B, L, C]
         condition = nn.functional.silu(self._condition(timestep, text, mask, x.dtype))  # [B, C]
         shared = self.modulation(condition).unflatten(-1, (6, -1))  # [B, 6, C]
@@ -138,7 +135,7 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         sample = unpatchify(x, grid, self.patch_size)  # [B, C, T, H, W]
         return VideoTransformerOutput(sample=sample) if return_dict else (sample,)
 
-    def _condition(self, timestep: Tensor, text: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    def _condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time, and under adaLN the prompt, as one vector a clip: [B, C]."""
         timestep = torch.as_tensor(timestep, device=text.device).expand(text.shape[0])
         condition = self.time_embed(self.time_features(timestep).to(dtype))  # [B, C]
@@ -146,7 +143,8 @@ class VideoTransformer(ModelMixin, ConfigMixin):
             return condition
         # Each word is embedded on its own and the results are added, so that words compose: a combination never seen
         # is a sum of parts that were. Dividing by the root of their number keeps long prompts in scale.
-        weights = mask.to(text.dtype).unsqueeze(-1)  # [B, L, 1]
+        mask = text.new_ones(text.shape[:2]) if mask is None else mask.to(text.dtype)
+        weights = mask.unsqueeze(-1)  # [B, L, 1]
         return condition + (text * weights).sum(1) * weights.sum(1).clamp(min=1).rsqrt()
 
     def _positions(self, grid: Grid, x: Tensor) -> Tensor:

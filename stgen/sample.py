@@ -219,9 +219,7 @@ def warn_of_unknown_words(pipeline: VideoPipeline, requests: list[Request]) -> N
     prompts = [request.prompt for request in requests] + [request.negative_prompt for request in requests]
     unknown = dict.fromkeys(word for prompt in prompts for word in pipeline.text_encoder.unknown_words(prompt))
     if unknown:
-        tqdm.write(
-            f"warning: no training caption held {', '.join(map(repr, unknown))}; they are left out"
-        )
+        tqdm.write(f"warning: no training caption held {', '.join(map(repr, unknown))}; they are left out")
 
 
 # ------------------------------------------------------------------------------------------------------- sampling

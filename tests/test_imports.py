@@ -29,7 +29,7 @@ SPINE = {
     "blocks": {"attention", "mixers", "tokens", "ops"},
     "model": {"attention", "mixers", "tokens", "ops", "blocks"},
     "objective": set(),
-    "pipeline": {"model", "codec", "text", "objective"},
+    "pipeline": {"model", "codec", "text", "tokens", "objective"},
 }
 OUTSIDE = {"av": {"stgen.video"}, "wandb": {"stgen.logger"}, "triton": set()}  # who may import these
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from stgen.attention.layout import Plain, Window
 from stgen.ops.cost import attention_flops, linear_flops
 from stgen.ops.dense_attention import dense_attention
+from stgen.ops.rms_norm import rms_norm
 from stgen.tokens import Grid, rotate
 
 
@@ -28,12 +29,7 @@ class QKNorm(nn.Module):
         self.k_gain = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self._norm(q, self.q_gain), self._norm(k, self.k_gain)
-
-    @staticmethod
-    def _norm(x: Tensor, gain: Tensor) -> Tensor:
-        # The gain is brought to the type of x, or mixed precision would leave PyTorch's fused kernel.
-        return nn.functional.rms_norm(x, gain.shape, gain.to(x.dtype), eps=1e-6)
+        return rms_norm(q, self.q_gain), rms_norm(k, self.k_gain)
 
 
 class Attention(nn.Module):
@@ -91,8 +87,8 @@ class CrossAttention(nn.Module):
         self.norm = QKNorm(self.head_dim) if qk_norm else None
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """x [B, N, C], text [B, L, C], text_mask [B, L] -> [B, N, C]."""
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        """x [B, N, C], text [B, L, C], text_mask [B, L] or None for all -> [B, N, C]."""
         q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))  # [B, N, heads, D]
         k, v = self.to_kv(text).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)  # [B, L, heads, D]
         if self.norm is not None:

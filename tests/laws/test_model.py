@@ -238,7 +238,7 @@ def test_plans_are_read_as_the_grammar_says(text, depth, layers):
         ("a*2>b", 1, "joins single layers"),
         ("a|(b+c)", 1, "cannot split a group"),
         ("a+(b>c)", 1, "cannot add a group"),
-        ("a & b", 1, "'&' is not expected"),
+        ("a & b", 1, "missing before '&'"),
         ("(" * 2000, 1, "longer than"),
     ],
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def dense_attention_reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over [S, heads, n, D]; rows without keys give zeros and zero gradients."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [S, heads, n, m]
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [S, heads, n, m]
     if key_mask is None:
         return scores.softmax(-1) @ v
     mask = key_mask[:, None, None, :]  # [S, 1, 1, m]
