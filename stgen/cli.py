@@ -41,7 +41,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     with _told():
         if args.dry_run:
             from stgen.describe import dry_run
-            from stgen.train import known_captions
+            from stgen.source import known_captions
 
             print(dry_run(cfg, known_captions(cfg)))
         else:

@@ -449,14 +449,15 @@ def loader(dataset: VideoFolder, sampler: StepSampler, num_workers: int, timeout
     Endless. Unreadable videos are replaced from the sampler's indices only. Raises RuntimeError naming the videos if
     a worker dies or needs more than `timeout` seconds for a batch; without workers there is no time limit.
     """
-    options: dict[str, Any] = {}
+    # A generator of its own: left to itself a DataLoader draws its base seed from the run's, once more after a resume.
+    options: dict[str, Any] = {"generator": torch.Generator()}
     if num_workers:
         # The trainer has threads (OpenMP, CUDA, loggers) whose locks a forked child would inherit, held for ever.
         # A fork server has none, and imports the heavy modules once, while the trainer builds its model.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torchvision.transforms.v2", "av", __name__])
         multiprocessing.forkserver.ensure_running()
-        options = {"multiprocessing_context": context, "timeout": timeout, "worker_init_fn": _start_worker}
+        options |= {"multiprocessing_context": context, "timeout": timeout, "worker_init_fn": _start_worker}
     dataset = dataset.within(sampler.indices)
     return _NamedLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, **options)
 

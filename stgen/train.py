@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -52,6 +54,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
         (run_dir / "env.json").write_text(json.dumps(_environment(device), indent=2) + "\n")
 
         # -------------------------------------------------------------------------------------- data and parts
+        seed_everything(cfg.run.seed)
         folder, split = source.open_folder(cfg, run_dir)
         train_ids, held_ids = dataset.split(len(folder), cfg.data.held_out_clips, cfg.run.seed)
         captions = [folder.samples[i].caption for i in train_ids]
@@ -226,6 +229,13 @@ def _run_folder(run_dir: Path, keep: bool) -> Iterator[Path]:
         yield run_dir
     finally:
         lock.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators. The loop draws from none of them; libraries that it calls might."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _check_same_config(cfg: schema.Config, loaded: checkpoint.Loaded) -> None:
