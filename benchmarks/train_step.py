@@ -247,7 +247,7 @@ def measure(name: str, case: Case, dtype: str, peak: float, args: argparse.Names
     models = {model: build(model, case, device) for model in MODELS}
     inputs = make_inputs(case, device)
     flops = {key: count_flops(model, inputs, dtype) for key, model in models.items()}
-    runners = {key: torch.compile(model) for key, model in models.items()} if args.compile else models
+    runners: dict[str, Any] = {key: torch.compile(model) if args.compile else model for key, model in models.items()}
     seconds = time_rounds(runners, inputs, dtype, args.repeats, f"{name} {dtype}")
     rows = []
     for key, model in models.items():

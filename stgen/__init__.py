@@ -14,7 +14,6 @@ _HOMES = {
     "Pixels": "stgen.codec",
     "LearnedTextEncoder": "stgen.text",
 }
-__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str):

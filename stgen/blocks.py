@@ -57,8 +57,10 @@ class Mixing(nn.Module):
         """x [B, N, C] with the gated output of the branches added, and the modulated input that they were given."""
         shift, scale, gate = self.modulation(shared)
         h = modulate(self.norm(x), shift, scale)
-        outs = [branch(h, grid, rope) for branch in self.branches]
-        return torch.addcmul(x, gate, sum(outs[1:], outs[0])), h
+        update = self.branches[0](h, grid, rope)
+        for branch in self.branches[1:]:
+            update = update + branch(h, grid, rope)
+        return torch.addcmul(x, gate, update), h
 
 
 class Prompting(nn.Module):
@@ -99,6 +101,12 @@ class Block(nn.Module):
         self.mlp_modulation = ModulationTable(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
+    @property
+    def attentions(self) -> list[Attention]:
+        """Every self-attention of the layer, in the order of its plan."""
+        found = (module for mixing in self.mixing for module in mixing.modules())
+        return [module for module in found if isinstance(module, Attention)]
+
     def forward(
         self,
         x: Tensor,
@@ -125,7 +133,7 @@ class Block(nn.Module):
     def flops(self, grid: Grid, text_tokens: int) -> int:
         """Operations of a forward pass over one clip."""
         total = 2 * linear_flops(grid.tokens, self.mlp.up.in_features, self.mlp.up.out_features)
-        total += sum(branch.flops(grid) for mixing in self.mixing for branch in mixing.branches)
+        total += sum(branch.flops(grid) for branch in self.attentions)
         if self.prompting is not None:
             total += self.prompting.cross_attn.flops(grid.tokens, text_tokens)
         return total

@@ -31,11 +31,12 @@ class Parts:
     @property
     def trained(self) -> dict[str, nn.Module]:
         """Modules whose weights are learned, by the names that checkpoints use."""
-        learned = {"transformer": self.transformer}
+        learned: dict[str, nn.Module] = {"transformer": self.transformer}
         return learned if self.tokenizer is not None else {**learned, "text_encoder": self.text_encoder}
 
     def to(self, device: torch.device) -> "Parts":
-        for module in (self.codec, self.text_encoder, self.transformer):
+        modules: list[nn.Module] = [self.codec, self.text_encoder, self.transformer]
+        for module in modules:
             module.to(device)
         return self
 

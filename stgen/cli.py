@@ -109,6 +109,8 @@ class _told:
         pass
 
     def __exit__(self, kind, error, _) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(_say("interrupted; what was saved before stays as it was", 130))
         if error is not None and kind.__module__.startswith("stgen.") and isinstance(error, Exception):
             sys.exit(_say(f"error: {error}", 1))
 

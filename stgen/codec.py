@@ -46,6 +46,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
     One common scale keeps the components' variances apart, as whitening them cost 11 points of accuracy (measured).
     """
 
+    config: Any  # diffusers declares a plain dict; it also reads by attribute
     fixed = True
 
     @register_to_config
@@ -99,6 +100,7 @@ class PatchPCA(ModelMixin, ConfigMixin):
 class Pixels(ModelMixin, ConfigMixin):
     """The identity, shifted and scaled to unit variance."""
 
+    config: Any  # diffusers declares a plain dict; it also reads by attribute
     fixed = True
 
     @register_to_config

@@ -585,7 +585,7 @@ def dump(config: BaseModel) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 120
     text = StringIO()
     yaml.dump(config.model_dump(mode="json"), text)

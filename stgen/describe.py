@@ -10,6 +10,8 @@ from stgen.build import Parts
 from stgen.flops import readable
 from stgen.tokens import Grid, grid_of
 
+PRECISION = {"no": "in float32", "bf16": "products in bfloat16"}
+
 
 def describe(
     cfg: schema.Config, parts: Parts, grid: Grid, step_flops: int, device: torch.device, data: str = ""
@@ -31,7 +33,7 @@ def describe(
         "model": f"{readable(flops.trainable(parts.trained))} parameters, width {model.width}, {model.depth} layers, "
         f'{model.heads} heads, plan "{model.plan}"',
         "tokens": f"{grid.tokens} a clip ({grid}), from {clip}",
-        "work": f"{readable(step_flops, 'FLOP')} a step of {batch}, {train.mixed_precision} precision, for {limit}",
+        "work": f"{readable(step_flops, 'FLOP')} a step of {batch}, {PRECISION[train.mixed_precision]}, for {limit}",
         "device": f"{device.type} ({torch.get_num_threads()} threads)"
         if device.type == "cpu"
         else torch.cuda.get_device_name(),
@@ -71,10 +73,8 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
 def _layer(i: int, block, layer, grid: Grid, text_tokens: int) -> str:
     """One layer: its mixers, their sequences, its FLOPs on one clip."""
     sequences = []
-    for mixing in block.mixing:
-        for branch in mixing.branches:
-            for spec in branch.specs:
-                count, length = spec.layout.sequence(grid)
-                sequences.append(f"{spec.name}: {count} sequences of {length}")
+    for spec in (spec for attention in block.attentions for spec in attention.specs):
+        count, length = spec.layout.sequence(grid)
+        sequences.append(f"{spec.name}: {count} sequences of {length}")
     cost = readable(block.flops(grid, text_tokens), "FLOP")
     return f"  {i:>3}  {layer!s:<28} {cost:>12} a clip   {'; '.join(sequences)}"

@@ -42,6 +42,7 @@ class VideoTransformer(ModelMixin, ConfigMixin):
     Raises ValueError for a plan that cannot be read and for latents that the patches do not divide.
     """
 
+    config: Any  # diffusers declares a plain dict; it also reads by attribute
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
@@ -124,9 +125,10 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         condition = nn.functional.silu(self._condition(timestep, text, mask, x.dtype))  # [B, C]
         shared = self.modulation(condition).unflatten(-1, (6, -1))  # [B, 6, C]
 
+        recompute: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, grid, rope, shared, text, mask)
+                x = recompute(block, x, grid, rope, shared, text, mask)
             else:
                 x = block(x, grid, rope, shared, text, mask)
 
@@ -166,7 +168,7 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         vectors = linear_flops(1, width, 6 * width) + linear_flops(1, width, 2 * width) + linear_flops(1, 256, width)
         text = linear_flops(text_tokens, self.config.text_width, width) + linear_flops(text_tokens, width, width)
         ends = 2 * linear_flops(grid.tokens, patch, width)
-        return vectors + text + ends + sum(block.flops(grid, text_tokens) for block in self.blocks)
+        return vectors + text + ends + sum(b.flops(grid, text_tokens) for b in self.blocks if isinstance(b, Block))
 
 
 def _assign_mixers(text: str, depth: int, mixers: dict[str, dict[str, Any]]) -> list:

@@ -7,6 +7,7 @@ x data, e standard normal noise; v of diffusion as in Salimans & Ho, arXiv:2202.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -60,7 +61,8 @@ class Objective:
     _alphas: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        schedule = DDPMScheduler(num_train_timesteps=self.num_train_timesteps, beta_schedule=self.beta_schedule)
+        beta_schedule: Any = self.beta_schedule
+        schedule = DDPMScheduler(num_train_timesteps=self.num_train_timesteps, beta_schedule=beta_schedule)
         object.__setattr__(self, "_alphas", schedule.alphas_cumprod)
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:

@@ -40,7 +40,7 @@ def build_scheduler(name: str | None, objective: Objective) -> Any:
     Raises PipelineError for a scheduler of the other path.
     """
     if objective.path == "diffusion":
-        common = dict(
+        common: dict[str, Any] = dict(
             num_train_timesteps=objective.num_train_timesteps,
             beta_schedule=objective.beta_schedule,
             prediction_type=objective.prediction_type,
@@ -54,7 +54,7 @@ def build_scheduler(name: str | None, objective: Objective) -> Any:
             case "dpm++":
                 return diffusers.DPMSolverMultistepScheduler(**common, timestep_spacing="trailing")
         raise PipelineError(f"scheduler {name} is for objective.path flow; with diffusion use ddim, unipc or dpm++")
-    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.shift)
+    flow: dict[str, Any] = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.shift)
     match name:
         case None | "euler":
             return diffusers.FlowMatchEulerDiscreteScheduler(shift=objective.shift)
@@ -73,8 +73,8 @@ def set_steps(scheduler: Any, steps: int, path: str, device: torch.device | str)
     Under flow the times are 1, ..., 1/n before they are shifted. They are passed where the scheduler takes them, since
     left to themselves Euler and Heun shift their smallest time twice.
     """
-    if isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler):
-        scheduler.sigma_min = 1.0 / steps
+    if path == "flow" and hasattr(scheduler, "sigma_min"):
+        scheduler.sigma_min = 1.0 / steps  # Heun takes no times; Euler is passed them below
     if path == "flow" and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
     else:
@@ -93,6 +93,7 @@ class VideoPipeline(DiffusionPipeline):
         sampling: defaults of a call: num_frames, height, width, fps, num_inference_steps, guidance_scale, max_length.
     """
 
+    config: Any  # diffusers declares a plain dict; it also reads by attribute
     model_cpu_offload_seq = "text_encoder->transformer->codec"
     _optional_components = ["tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
@@ -211,30 +212,28 @@ class VideoPipeline(DiffusionPipeline):
             for x in (prompt_embeds, mask, negative_prompt_embeds, negative_mask)
         )
 
-        latents = self._noise(latents, (len(prompt_embeds), *shape), generator, device)
+        z: Any = self._noise(latents, (len(prompt_embeds), *shape), generator, device)
         set_steps(self.scheduler, steps, self.objective.path, device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=len(timesteps)) as bar:
+        with self._bar(len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
-                inputs = (
-                    self.scheduler.scale_model_input(latents, timestep) if self.objective.path != "flow" else latents
-                )
+                inputs = self.scheduler.scale_model_input(z, timestep) if self.objective.path != "flow" else z
                 output = self._predict(
                     inputs, i, timestep, (prompt_embeds, mask), (negative_prompt_embeds, negative_mask)
                 )
-                latents = self.scheduler.step(output, timestep, latents, return_dict=False)[0]
+                z = self.scheduler.step(output, timestep, z, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    tensors = {"latents": z, "prompt_embeds": prompt_embeds}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, timestep, asked) or {}
-                    latents = changed.get("latents", latents)
+                    z = changed.get("latents", z)
                     prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
                 bar.update()
 
-        frames = latents if output_type == "latent" else self._frames(latents, output_type)
+        frames: Any = z if output_type == "latent" else self._frames(z, output_type)
         self.maybe_free_model_hooks()
         return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -266,6 +265,18 @@ class VideoPipeline(DiffusionPipeline):
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
         device = self._execution_device
         return embeds.to(device, self.transformer.dtype), mask.to(device, torch.bool)
+
+    def clips(self, prompts: list[str], seeds: list[int], negative_prompts: list[str], **options: Any) -> list[Tensor]:
+        """One clip, uint8 [T, 3, H, W] on the CPU, for each prompt and seed; options are those of a call.
+
+        Each clip has a generator of its own, so that its neighbours in the batch do not matter.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        result: Any = self(prompts, negative_prompts, generator=generators, output_type="pt", **options)
+        return list((result.frames.float().cpu() * 255).round().to(torch.uint8))
+
+    def _bar(self, total: int) -> Any:
+        return self.progress_bar(total=total)  # type: ignore[call-arg]  (a decorator hides its signature)
 
     def _noise(self, latents: Tensor | None, shape: tuple[int, ...], generator, device) -> Tensor:
         if isinstance(generator, list) and len(generator) != shape[0]:

@@ -32,13 +32,17 @@ class Progress:
         self._window: list[tuple[float, float]] = []  # loss and gradient norm since the last line of metrics
 
     @classmethod
-    def resumed(cls, loaded: checkpoint.Loaded, total: int | None) -> "Progress":
+    def resumed(cls, loaded: checkpoint.Loaded, total: int | None, cfg: schema.Config) -> "Progress":
+        """Where the checkpoint stood; the number of steps is its own unless the config now limits the run otherwise."""
         state = loaded.state["progress"]
         progress = cls(total)
         progress.step, progress.seconds, progress.wandb_id = loaded.step, state["seconds"], state["wandb_id"]
         progress.held_out_loss, progress.smooth_loss = state["held_out_loss"], state["smooth_loss"]
         progress._recent, progress._window = state["recent"], [tuple(pair) for pair in state["window"]]
-        progress.total = total if total is not None else state["total"]
+        budget = cfg.train.max_train_seconds
+        if budget is not None:
+            same = budget == loaded.state["config"]["train"]["max_train_seconds"]
+            progress.total = state["total"] if same else progress._steps_within(budget)
         return progress
 
     def state(self) -> dict[str, Any]:
@@ -68,14 +72,27 @@ class Progress:
         if budget is not None and self.total is None:
             self._recent.append(seconds)
             if self.step >= SPEED_STEPS or self.seconds >= budget:
-                typical = sorted(self._recent)[len(self._recent) // 2]
-                self.total = self.step + max(0, int((budget - self.seconds) / typical))
+                self.total = self._steps_within(budget)
 
-    def window_metrics(self, rate: float) -> dict[str, float]:
-        """Means since the last call."""
+    def _steps_within(self, budget: float) -> int | None:
+        """Steps in all if the rest of `budget` seconds is spent at the median speed of the first steps."""
+        if not self._recent:
+            return None
+        typical = sorted(self._recent)[len(self._recent) // 2]
+        return self.step + max(0, int((budget - self.seconds) / typical))
+
+    def window_metrics(self, rate: float, batch: int, videos: int) -> dict[str, float]:
+        """Means since the last call, and how much has been seen."""
         window, self._window = self._window, []
         loss, norm = (sum(values) / len(window) for values in zip(*window, strict=True))
-        return {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate}
+        seen = self.step * batch
+        return {
+            "train/loss": loss,
+            "train/grad_norm": norm,
+            "train/lr": rate,
+            "train/samples_seen": seen,
+            "train/epoch": seen / videos,
+        }
 
 
 class Meter:
@@ -104,7 +121,8 @@ class Meter:
         data, step, steps = self._split["data"], self._split["step"], self._steps
         seconds = (data + step) / steps
         self._split, self._steps = {"data": 0.0, "step": 0.0}, 0
-        return {
+        memory = {"perf/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
+        return memory | {
             "perf/step_time_s": seconds,
             "perf/data_wait_s": data / steps,
             "perf/samples_per_s": self.clips / seconds,

@@ -247,19 +247,17 @@ def _run(pipeline: VideoPipeline, group: list[Request]) -> list[video.Clip]:
     first, own = group[0], pipeline.scheduler
     if first.scheduler is not None:
         pipeline.scheduler = build_scheduler(first.scheduler, pipeline.objective)
-    frames = pipeline(
+    frames = pipeline.clips(
         [request.prompt for request in group],
+        [request.seed for request in group],
         [request.negative_prompt for request in group],
         num_frames=first.num_frames,
         height=first.height,
         width=first.width,
         num_inference_steps=first.num_inference_steps,
         guidance_scale=first.guidance_scale,
-        generator=[torch.Generator().manual_seed(request.seed) for request in group],
-        output_type="pt",
-    ).frames  # [B, T, 3, H, W] in [0, 1]
+    )
     pipeline.scheduler = own
-    frames = (frames.float().cpu() * 255).round().to(torch.uint8)
     return [video.Clip(clip, request.fps) for clip, request in zip(frames, group, strict=True)]
 
 

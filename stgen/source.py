@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def known_captions(cfg: schema.Config) -> list[str]:
     return list(dataset.captions(Path(cfg.data.train_data_dir)).values())
 
 
-def folder_summary(folder: dataset.VideoFolder, train_ids: list[int], held_ids: list[int]) -> str:
+def folder_summary(folder: dataset.VideoFolder, train_ids: Sequence[int], held_ids: Sequence[int]) -> str:
     """One line about the folder: what is used, set aside, rejected and uncaptioned."""
     line = f"{len(train_ids)} videos to train on, {len(held_ids)} held out for the loss"
     if folder.rejects:
@@ -75,7 +75,7 @@ class Batch:
             yield Batch(self.latents[i : i + size], self.captions[i : i + size], self.files[i : i + size])
 
     @staticmethod
-    def read(folder: dataset.VideoFolder, ids: list[int], component: Any, device: torch.device) -> "Batch":
+    def read(folder: dataset.VideoFolder, ids: Sequence[int], component: Any, device: torch.device) -> "Batch":
         """Decode and encode the clips of epoch 0 of the videos `ids`."""
         items = [folder[(i, 0)] for i in ids]
         encode = codec.as_codec(component).encode
@@ -87,7 +87,7 @@ class Source:
     """Batches of latents as a pure function of seed and step, from memory or decoded on the way."""
 
     def __init__(
-        self, cfg: schema.Config, folder: dataset.VideoFolder, ids: list[int], component: Any, device: torch.device
+        self, cfg: schema.Config, folder: dataset.VideoFolder, ids: Sequence[int], component: Any, device: torch.device
     ):
         self.cfg, self.folder, self.device = cfg, folder, device
         self.codec = codec.as_codec(component)
@@ -116,7 +116,7 @@ class Source:
         frames = codec.to_unit(item["frames"].to(self.device))  # [B, 3, T, H, W]
         return Batch(self.codec.encode(frames), item["caption"], item["path"])
 
-    def _fill(self, ids: list[int]) -> dict[int, tuple[Tensor, str, str]]:
+    def _fill(self, ids: Sequence[int]) -> dict[int, tuple[Tensor, str, str]]:
         """One clip of every video, decoded and encoded once: what the first epoch would draw."""
         sampler = dataset.StepSampler(ids, 32, self.cfg.run.seed)
         workers, timeout = self.cfg.data.dataloader_num_workers, self.cfg.data.decode_timeout
@@ -133,7 +133,11 @@ class Source:
 
 
 def fit_or_load_codec(
-    cfg: schema.Config, component: Any, folder: dataset.VideoFolder, ids: list[int], loaded: checkpoint.Loaded | None
+    cfg: schema.Config,
+    component: Any,
+    folder: dataset.VideoFolder,
+    ids: Sequence[int],
+    loaded: checkpoint.Loaded | None,
 ) -> None:
     """Fit a codec of ours to training clips, or load what the checkpoint holds; an autoencoder needs neither."""
     if not hasattr(component, "fit"):

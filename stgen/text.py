@@ -44,6 +44,8 @@ class LearnedTextEncoder(ModelMixin, ConfigMixin):
         max_length: tokens kept of a prompt, the end token included.
     """
 
+    config: Any  # diffusers declares a plain dict; it also reads by attribute
+
     @register_to_config
     def __init__(self, vocabulary: list[str] | None, width: int = 128, max_length: int = 32):
         super().__init__()

@@ -1,5 +1,6 @@
 """Tokens of a video: the grid they lie on, patches in and out, and where each token stands."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class Grid:
         return f"{self.t}x{self.h}x{self.w}"
 
 
-def grid_of(latent: tuple[int, int, int], patch: tuple[int, int, int]) -> Grid:
+def grid_of(latent: Sequence[int], patch: Sequence[int]) -> Grid:
     """The grid of latents of extent `latent` (frames, rows, columns) cut into patches.
 
     Raises ValueError when a patch does not divide the latents.
@@ -31,16 +32,17 @@ def grid_of(latent: tuple[int, int, int], patch: tuple[int, int, int]) -> Grid:
     for axis, extent, size in zip(("frames", "rows", "columns"), latent, patch, strict=True):
         if extent % size:
             raise ValueError(f"{extent} latent {axis} are not divisible by {size} of tokens.patch_size {list(patch)}")
-    return Grid(*(extent // size for extent, size in zip(latent, patch, strict=True)))
+    t, h, w = (extent // size for extent, size in zip(latent, patch, strict=True))
+    return Grid(t, h, w)
 
 
-def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
+def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
     """[B, C, T, H, W] -> [B, N, C * p * q * r] with one row for each p x q x r patch."""
     p, q, r = patch
     return rearrange(x, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=p, q=q, r=r)
 
 
-def unpatchify(x: Tensor, grid: Grid, patch: tuple[int, int, int]) -> Tensor:
+def unpatchify(x: Tensor, grid: Grid, patch: Sequence[int]) -> Tensor:
     """The inverse of `patchify`: [B, N, C * p * q * r] -> [B, C, T, H, W]."""
     p, q, r = patch
     return rearrange(x, "b (t h w) (c p q r) -> b c (t p) (h q) (w r)", t=grid.t, h=grid.h, w=grid.w, p=p, q=q, r=r)

@@ -9,7 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
     device = build.device_of(cfg)
     run_dir = cfg.output_dir
     resuming = cfg.run.resume_from_checkpoint != "none"
-    with _run_folder(run_dir, keep=resuming) as run_dir:
+    with _run_folder(run_dir, keep=resuming) as run_dir, ExitStack() as closing:
         loaded = checkpoint.resolve(run_dir, cfg.run.resume_from_checkpoint)
         if loaded is not None:
             _check_same_config(cfg, loaded)
@@ -56,13 +56,14 @@ def train(cfg: schema.Config) -> dict[str, Any]:
         # -------------------------------------------------------------------------------------- data and parts
         seed_everything(cfg.run.seed)
         folder, split = source.open_folder(cfg, run_dir)
+        dataset.write_rejects(run_dir / "rejects.jsonl", folder.rejects)
         train_ids, held_ids = dataset.split(len(folder), cfg.data.held_out_clips, cfg.run.seed)
         captions = [folder.samples[i].caption for i in train_ids]
         vocabulary = text.vocabulary_of(captions) if loaded is None else loaded.state["vocabulary"]
         parts = build.build_parts(cfg, vocabulary).to(device)
         source.fit_or_load_codec(cfg, parts.codec, folder, train_ids, loaded)
         clips = source.Source(cfg, folder, train_ids, parts.codec, device)
-        held_out = Batch.read(folder, held_ids, parts.codec, device) if held_ids else None
+        held_out = Batch.read(folder.within(held_ids), held_ids, parts.codec, device) if held_ids else None
         fps = cfg.data.fps or folder.samples[0].info.fps
 
         # -------------------------------------------------------------------------------- optimiser, EMA, resume
@@ -76,7 +77,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
             ema.load_state_tensors(loaded.tensors["ema"])
             optim.load_state_tensors(optimizer, names, loaded.tensors["optimizer"])
             checkpoint.restore_random_state(loaded.tensors["random"])
-            progress = Progress.resumed(loaded, progress.total)
+            progress = Progress.resumed(loaded, progress.total, cfg)
         logger = Logger(
             run_dir,
             cfg.model_dump(mode="json"),
@@ -87,6 +88,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
             run_id=progress.wandb_id,
             resume_step=progress.step if loaded is not None else None,
         )
+        closing.callback(logger.finish)
         progress.wandb_id = logger.run_id
         pipeline = build.build_pipeline(cfg, parts, fps)
         prompts = validation.prompts_of(cfg, captions, split)
@@ -151,7 +153,8 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 bar.set_postfix(loss=f"{progress.smooth_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
                 bar.update()
                 if progress.step % cfg.log.every == 0 or progress.done:
-                    logger.log(progress.step, progress.window_metrics(rate) | meter.metrics(clips.rejected))
+                    metrics = progress.window_metrics(rate, cfg.train.train_batch_size, len(train_ids))
+                    logger.log(progress.step, metrics | meter.metrics(clips.rejected))
                 if cfg.validation.steps is not None and progress.step % cfg.validation.steps == 0 and not progress.done:
                     bar.write(f"step {progress.step}: " + _words(validate()))
                 if progress.step % cfg.checkpoint.steps == 0 and not progress.done:
@@ -163,9 +166,8 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                     last = save()
             else:
                 last = run_dir / f"checkpoint-{progress.step}"
-        dataset.write_rejects(run_dir / "rejects.jsonl", [*folder.rejects, *clips.rejects])
+        dataset.write_rejects(run_dir / "rejects.jsonl", clips.rejects)
         if stop.requested:
-            logger.finish()
             tqdm.write(
                 f"stopped by {stop.requested} at step {progress.step}; everything is saved in {last}\n"
                 f"continue with the same command and run.resume_from_checkpoint=latest"

@@ -21,10 +21,12 @@ def evaluating(parts: build.Parts, cfg: schema.Config, device: torch.device) -> 
     for module in parts.trained.values():
         module.eval()
     bf16 = cfg.train.mixed_precision == "bf16"
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        yield
-    for module in parts.trained.values():
-        module.train()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        for module in parts.trained.values():
+            module.train()
 
 
 def held_out_loss(cfg: schema.Config, parts: build.Parts, objective: Objective, batch: Batch) -> float:
@@ -75,11 +77,8 @@ def sample_clips(
     pipeline.set_progress_bar_config(disable=True)
     clips = []
     for start in range(0, len(prompts), batch):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
-        frames = pipeline(
-            prompts[start : start + batch], cfg.validation.negative_prompt, generator=generators, output_type="pt"
-        ).frames  # [B, T, 3, H, W] in [0, 1]
-        clips += list((frames.float().cpu() * 255).round().to(torch.uint8))
+        part = prompts[start : start + batch]
+        clips += pipeline.clips(part, seeds[start : start + batch], [cfg.validation.negative_prompt] * len(part))
     return clips
 
 

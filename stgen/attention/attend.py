@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """x [B, N, C] -> [B, N, C]; `rope` holds the tables of `tokens.rope_tables` for this grid."""
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        qkv: Tensor = self.to_qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
         q, k, v = qkv.unbind(2)  # [B, N, heads, D]
         if self.norm is not None:
             q, k = self.norm(q, k)
@@ -52,14 +52,14 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         share = self.heads // len(self.specs)
         parts = [
-            self._attend(spec.layout, *(y[:, :, i * share : (i + 1) * share] for y in (q, k, v)), grid)
+            self._attend(spec.layout, grid, *(y[:, :, i * share : (i + 1) * share] for y in (q, k, v)))
             for i, spec in enumerate(self.specs)
         ]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # [B, N, heads, D]
         return self.to_out(out.flatten(2))
 
     @staticmethod
-    def _attend(layout: Plain | Window, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    def _attend(layout: Plain | Window, grid: Grid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = layout.key_mask(grid, q.device)  # [sequences of a clip, n]
         if mask is not None:
             mask = mask.repeat(q.shape[0], 1)

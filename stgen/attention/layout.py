@@ -114,5 +114,6 @@ def build(
     """The layout that a mixer's keys describe."""
     if kind == "window":
         assert size is not None, "the schema refuses a window without size"
-        return Window(tuple(size), tuple(shift))
+        (t, h, w), (a, b, c) = size, shift
+    return Window((t, h, w), (a, b, c))
     return Plain(kind)

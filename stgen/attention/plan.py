@@ -104,7 +104,8 @@ class _Reader:
         def share(parts: list[Layer]) -> Layer:
             if any(len(p.terms) > 1 or len(p.terms[0].branches) > 1 for p in parts):
                 self._refuse("'|' splits heads among mixers; it cannot split a group joined by '>' or '+'")
-            return Layer((Term((sum((p.terms[0].branches[0] for p in parts), ()),)),))
+            shared = [name for p in parts for branch in p.terms[0].branches for name in branch]
+            return Layer((Term((tuple(shared),)),))
 
         return self._joined("|", self._repeated, share)
 

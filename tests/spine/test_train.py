@@ -192,7 +192,8 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
 
 def test_pixels_cross_attention_and_diffusion_train_too(tiny):
     cfg = tiny(
-        "codec.kind=pixels", "tokens.patch_size=[2,4,4]", "text.conditioning=both", "text.kind=bytes", "model.plan=spatial>temporal",
+        "codec.kind=pixels", "tokens.patch_size=[2,4,4]", "text.conditioning=both",
+        "text.kind=bytes", "model.plan=spatial>temporal",
         "objective.path=diffusion", "objective.prediction_type=v_prediction", "objective.snr_gamma=5",
         "train.mixed_precision=bf16", "train.gradient_checkpointing=true", limit="train.max_train_steps=2", other_codec=True,
     )  # fmt: skip
