@@ -115,5 +115,5 @@ def build(
     if kind == "window":
         assert size is not None, "the schema refuses a window without size"
         (t, h, w), (a, b, c) = size, shift
-    return Window((t, h, w), (a, b, c))
+        return Window((t, h, w), (a, b, c))
     return Plain(kind)

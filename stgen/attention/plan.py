@@ -90,19 +90,19 @@ class _Reader:
         return layers
 
     def _chain(self) -> tuple[Layer, ...]:
-        return self._joined(">", self._sum, lambda parts: Layer(sum((p.terms for p in parts), ())))
+        return self._joined(">", self._sum, lambda parts: Layer(tuple(term for p in parts for term in p.terms)))
 
     def _sum(self) -> tuple[Layer, ...]:
         def add(parts: list[Layer]) -> Layer:
             if any(len(part.terms) > 1 for part in parts):
                 self._refuse("'+' adds mixers; it cannot add a group joined by '>'")
-            return Layer((Term(sum((p.terms[0].branches for p in parts), ())),))
+            return Layer((Term(tuple(branch for p in parts for branch in p.terms[0].branches)),))
 
         return self._joined("+", self._split, add)
 
     def _split(self) -> tuple[Layer, ...]:
         def share(parts: list[Layer]) -> Layer:
-            if any(len(p.terms) > 1 or len(p.terms[0].branches) > 1 for p in parts):
+            if any(len(p.terms) != 1 or len(p.terms[0].branches) > 1 for p in parts):
                 self._refuse("'|' splits heads among mixers; it cannot split a group joined by '>' or '+'")
             shared = [name for p in parts for branch in p.terms[0].branches for name in branch]
             return Layer((Term((tuple(shared),)),))

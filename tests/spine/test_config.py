@@ -85,7 +85,7 @@ IN_FILE = {  # second line of the file -> the whole refusal
     "optim: {learning_rate: .nan}": "optim.learning_rate: should be a number greater than 0, got .nan (x.yaml:2)",
     "optim: {learning_rate: 1e999}": "optim.learning_rate: should be a number greater than 0, got .inf (x.yaml:2)",
     "optim: {learning_rate: '1e-4'}": "optim.learning_rate: should be a number greater than 0, got '1e-4' (x.yaml:2)",
-    "optim: {adam_beta1: 2}": "optim.adam_beta1: should be a number from 0 to 1, got 2 (x.yaml:2)",
+    "optim: {adam_beta1: 2}": "optim.adam_beta1: should be a number of at least 0 and less than 1, got 2 (x.yaml:2)",
     "optim:": "optim: should be a mapping of keys, got null (x.yaml:2)",
     "optim: [1]": "optim: should be a mapping of keys, got [1] (x.yaml:2)",
     "tokens: {patch_size: [1, 2]}": (
@@ -195,7 +195,6 @@ IN_OVERRIDE = {
     "model.depth=" + "9" * 5000: (
         f"model.depth: '{'9' * 78}… cannot be read as a value of type int (override model.depth={'9' * 67}…)"
     ),
-    "model.plan=" + "(" * 3000: "nested too deep (x.yaml)",
     "run.output_dir=\udcff": (
         "run.output_dir: not valid YAML: unacceptable character #xdcff: special characters are not allowed "
         "(override run.output_dir=\\udcff)"
@@ -306,7 +305,7 @@ def test_extends_merges_deeply_and_later_wins():
 def test_an_extended_file_is_named_where_it_is_at_fault():
     write("bases/common.yaml", f"{LIMIT}\nmodel:\n  widht: 3\n  depth: 0\n")
     assert faults("extends: bases/common.yaml\n") == [
-        "model.depth: should be a whole number greater than 0, got 0 (bases/common.yaml:5)",
+        "model.depth: should be a whole number from 1 to 1024, got 0 (bases/common.yaml:5)",
         "model.widht: unknown key; did you mean model.width? (bases/common.yaml:4)",
     ]
 
@@ -418,7 +417,7 @@ def test_help_lists_every_key_with_its_meaning():
     assert {"codec (kind: pca)", "codec (kind: pixels)", "text (kind: words, bytes)", "model.mlp"} <= set(lines)
     rows = [" ".join(line.split()) for line in lines]
     assert "optim.learning_rate float > 0 = 0.0003 Peak learning rate." in rows
-    assert "ema.decay float in [0, 1] = 0.999 Decay" in " ".join(rows)
+    assert "ema.decay float >= 0, < 1 = 0.999 Decay" in " ".join(rows)
     assert "log.wandb auto | online | offline | disabled = auto" in rows  # too long a type: the meaning follows below
     assert any(row.startswith("codec.path str, required Folder") for row in rows)
     assert any(row.startswith("tokens.patch_size [int, int, int] = [1, 1, 1] ") for row in rows)
