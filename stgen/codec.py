@@ -19,8 +19,6 @@ Shape = tuple[int, int, int, int]
 
 
 class Codec(Protocol):
-    fixed: bool  # encoding draws no random numbers, so latents may be kept
-
     def latent_shape(self, frames: int, height: int, width: int) -> Shape: ...
     def encode(self, frames: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
@@ -47,7 +45,6 @@ class PatchPCA(ModelMixin, ConfigMixin):
     """
 
     config: Any  # diffusers declares a plain dict; it also reads by attribute
-    fixed = True
 
     @register_to_config
     def __init__(self, patch_size: tuple[int, int, int], components: int):
@@ -101,7 +98,6 @@ class Pixels(ModelMixin, ConfigMixin):
     """The identity, shifted and scaled to unit variance."""
 
     config: Any  # diffusers declares a plain dict; it also reads by attribute
-    fixed = True
 
     @register_to_config
     def __init__(self):
@@ -131,8 +127,6 @@ class Autoencoder:
 
     Latents are the posterior's mean, so encoding is fixed, and are normalised as the autoencoder's config says.
     """
-
-    fixed = True
 
     def __init__(self, vae: Any):
         self.vae = vae.requires_grad_(False).eval()

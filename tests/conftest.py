@@ -8,8 +8,8 @@ os.environ["WANDB_MODE"] = "offline"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def threads():
-    """Test processes running side by side share the cores."""
+def one_thread():
+    """The models of these tests are too small to share between threads."""
     import torch
 
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads())
+    torch.set_num_threads(1)

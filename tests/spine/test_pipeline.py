@@ -41,15 +41,6 @@ def make(scheduler=None, positions="rope", codec=None, **objective) -> VideoPipe
     return pipeline
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pipeline():
     return make()

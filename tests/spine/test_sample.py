@@ -19,15 +19,6 @@ CAPTIONS = ["a red circle moving left", "a blue square"]
 HOSTILE = ["../../x", "/etc/passwd", "red " * 100, "a\0b", "🎬 ☃", "%s {0}", "\udce9", "a\nb", "-"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(positions="rope") -> VideoPipeline:
     torch.manual_seed(0)
     codec = PatchPCA((2, 8, 8), 6).fit(torch.rand(8, 3, 4, 16, 16) * 2 - 1)

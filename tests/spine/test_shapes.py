@@ -13,15 +13,6 @@ from stgen.shapes import ALL, COLOURS, Combination, ShapesError, judge, render, 
 RECIPE = dict(clips=3, held_out=2, held_out_seed=0, num_frames=4, height=32, width=32, seed=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These clips are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pairs(combos):
     return [pair for c in combos for pair in combinations((c.colour, c.kind, c.direction), 2)]
 
