@@ -18,15 +18,14 @@ class ModulationTable(nn.Module):
 
     no_decay = ("table",)
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, rows: int = 3):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(3, width))
+        self.table = nn.Parameter(torch.zeros(rows, width))
 
-    def forward(self, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """shared [B, 3, C] -> shift, scale, gate, each [B, 1, C]."""
+    def forward(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """shared [B, rows, C] -> as many of [B, 1, C]: shift, scale and gate, or the gate alone."""
         # In the type of `shared`: mixed precision then keeps the residual stream, and its traffic, in bfloat16.
-        shift, scale, gate = (shared + self.table.to(shared.dtype)).unsqueeze(2).unbind(1)
-        return shift, scale, gate
+        return (shared + self.table.to(shared.dtype)).unsqueeze(2).unbind(1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class Block(nn.Module):
         self.prompting = Prompting(width, heads, qk_norm) if cross else None
         self.parallel_mlp = parallel_mlp
         self.mlp_norm = None if parallel_mlp else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp_modulation = ModulationTable(width)
+        self.mlp_modulation = ModulationTable(width, rows=1 if parallel_mlp else 3)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     @property
@@ -118,7 +117,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, N, C]; shared modulation [B, 6, C], mixers' three then the MLP's; text [B, L, C] -> [B, N, C]."""
         mixer_shared, mlp_shared = shared.chunk(2, dim=1)
-        shift, scale, gate = self.mlp_modulation(mlp_shared)
+        *shift_scale, gate = self.mlp_modulation(mlp_shared[:, 2:] if self.parallel_mlp else mlp_shared)
         h = x
         for mixing in self.mixing:
             x, h = mixing(x, grid, rope, mixer_shared)
@@ -127,7 +126,7 @@ class Block(nn.Module):
         if self.prompting is not None:
             x = self.prompting(x, text, text_mask)
         if self.mlp_norm is not None:
-            x = torch.addcmul(x, gate, self.mlp(modulate(self.mlp_norm(x), shift, scale)))
+            x = torch.addcmul(x, gate, self.mlp(modulate(self.mlp_norm(x), *shift_scale)))
         return x
 
     def flops(self, grid: Grid, text_tokens: int) -> int:

@@ -1,5 +1,6 @@
 """From a config to the parts of a run, and from a run folder back to a pipeline."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stgen import checkpoint, codec, config, schema, text
+from stgen import checkpoint, codec, schema, text
 from stgen.model import VideoTransformer
 from stgen.objective import Objective
 from stgen.pipeline import VideoPipeline, build_scheduler
@@ -71,7 +72,10 @@ def build_text(cfg: schema.Config, captions: Sequence[str]) -> tuple[Any, Any, i
 def build_transformer(cfg: schema.Config, latent_shape: tuple[int, int, int, int], text_width: int) -> VideoTransformer:
     """The model for latents of shape (channels, frames, rows, columns)."""
     channels, *extents = latent_shape
-    grid = grid_of(tuple(extents), cfg.tokens.patch_size)
+    try:
+        grid = grid_of(extents, cfg.tokens.patch_size)
+    except ValueError as error:
+        raise BuildError(f"tokens.patch_size: {error}") from None
     transformer = VideoTransformer(
         in_channels=channels,
         grid=(grid.t, grid.h, grid.w),
@@ -120,6 +124,7 @@ def build_pipeline(cfg: schema.Config, parts: Parts, fps: float) -> VideoPipelin
             "num_inference_steps": cfg.validation.num_inference_steps,
             "guidance_scale": cfg.validation.guidance_scale,
             "max_length": cfg.text.max_length,
+            "mixed_precision": cfg.train.mixed_precision,
         },
     )
 
@@ -155,13 +160,16 @@ def load_pipeline(folder: Path, weights: str = "ema") -> VideoPipeline:
         return VideoPipeline.from_pretrained(folder, use_safetensors=True)
     if weights == "ema" and (folder / "final" / "model_index.json").is_file():
         return VideoPipeline.from_pretrained(folder / "final", use_safetensors=True)
-    run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
-    if not (run_dir / "config.yaml").is_file():
-        raise BuildError(f"{folder} is neither a run folder (config.yaml) nor a saved pipeline (model_index.json)")
-    loaded = checkpoint.resolve(run_dir, "latest" if run_dir == folder else str(folder))
-    if loaded is None:
+    which = str(folder) if (folder / "manifest.json").is_file() else "latest"
+    loaded = checkpoint.resolve(folder, which)
+    if loaded is None and (folder / "config.yaml").is_file():
         raise BuildError(f"{folder} has no checkpoint yet; train on, or lower checkpoint.steps")
-    cfg = config.load(run_dir / "config.yaml", [], schema.Config)
+    if loaded is None:
+        raise BuildError(
+            f"{folder} is neither a run folder, nor a checkpoint (manifest.json), nor a saved pipeline (model_index.json)"
+        )
+    # A checkpoint carries the config it was trained under; the run folder's may have changed since.
+    cfg = schema.Config.model_validate_json(json.dumps(loaded.state["config"]))
     parts = build_parts(cfg, loaded.state["vocabulary"])
     if loaded.tensors.get("codec"):
         checkpoint.load_into(parts.codec, loaded.tensors["codec"], "codec")

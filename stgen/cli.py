@@ -1,6 +1,7 @@
 """The command line. Arguments are read, and config errors told, before anything heavy is imported."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def train(argv: Sequence[str] | None = None) -> None:
             from stgen.train import train as run
 
             summary = run(cfg)
-            sys.exit(0 if "stopped" not in summary else 130)
+            sys.exit(128 + signal.Signals[summary["stopped"]] if "stopped" in summary else 0)
 
 
 def sample(argv: Sequence[str] | None = None) -> None:

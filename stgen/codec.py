@@ -4,6 +4,7 @@ Every codec offers `latent_shape`, `encode` and `decode`. PatchPCA and Pixels ar
 autoencoder joins them through `Autoencoder`.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,18 +56,26 @@ class PatchPCA(ModelMixin, ConfigMixin):
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
 
     @torch.no_grad()
-    def fit(self, frames: Tensor) -> "PatchPCA":
-        """Fit mean, components and scale to frames [B, 3, T, H, W] in [-1, 1]."""
-        patches = self._patches(frames).flatten(0, 3).double()  # [M, P]
-        if len(patches) < self.config.components:
+    def fit(self, clips: Iterable[Tensor]) -> "PatchPCA":
+        """Fit mean, components and scale to clips [3, T, H, W] in [-1, 1], one at a time.
+
+        Raises CodecError when the clips have fewer patches than there are components.
+        """
+        numbers, keep, count = len(self.mean), self.config.components, 0
+        total = torch.zeros(numbers, dtype=torch.float64, device=self.mean.device)
+        products = torch.zeros(numbers, numbers, dtype=torch.float64, device=self.mean.device)
+        for clip in clips:
+            patches = self._patches(clip[None]).flatten(0, 3)  # [M, P]
+            count += len(patches)
+            total += patches.double().sum(0)
+            products += patches.T @ patches  # float32 within a clip, float64 over clips
+        if count < keep:
             raise CodecError(
-                f"codec.components={self.config.components} needs at least as many patches to fit, found {len(patches)}; "
-                "add videos, or lower codec.components or codec.patch_size"
+                f"codec.components {keep} needs at least as many patches to fit, found {count}; "
+                "add videos, raise codec.fit_clips, or lower codec.components or codec.patch_size"
             )
-        mean = patches.mean(0)
-        covariance = (patches - mean).T @ (patches - mean) / len(patches)
-        values, vectors = torch.linalg.eigh(covariance)  # ascending
-        keep = self.config.components
+        mean = total / count
+        values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))  # ascending
         self.mean.copy_(mean)
         self.basis.copy_(vectors.flip(1)[:, :keep].T)
         self.scale.copy_(values.flip(0)[:keep].mean().clamp(min=1e-12).sqrt())
@@ -106,9 +115,12 @@ class Pixels(ModelMixin, ConfigMixin):
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
 
     @torch.no_grad()
-    def fit(self, frames: Tensor) -> "Pixels":
-        self.mean.copy_(frames.mean())
-        self.scale.copy_(frames.std().clamp(min=1e-6))
+    def fit(self, clips: Iterable[Tensor]) -> "Pixels":
+        """Fit mean and scale to clips [3, T, H, W] in [-1, 1], one at a time."""
+        moments = torch.stack([torch.stack([clip.double().mean(), clip.double().square().mean()]) for clip in clips])
+        mean, square = moments.mean(0)
+        self.mean.copy_(mean)
+        self.scale.copy_((square - mean**2).clamp(min=1e-12).sqrt())
         return self
 
     def latent_shape(self, frames: int, height: int, width: int) -> Shape:

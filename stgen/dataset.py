@@ -36,7 +36,7 @@ REPLACEMENTS = 20  # videos tried in place of one that cannot be read
 Key = tuple[int, int]  # (index, epoch)
 
 
-class DataError(Exception):
+class DataError(RuntimeError):
     """Stops the run: one sentence that says what to do."""
 
 
@@ -439,7 +439,8 @@ class _NamedLoader(DataLoader):
                 batch = next(batches)
             except RuntimeError as error:
                 names = ", ".join(dataset.name(index) for index, _ in sampler.samples(step))
-                raise RuntimeError(f"no batch for step {step}: {error}\nvideos of that batch: {names}") from None
+                reason = str(error).strip().splitlines()[-1]  # of a worker, after its traceback
+                raise DataError(f"no batch for step {step}: {reason}; videos of that batch: {names}") from None
             yield batch
 
 

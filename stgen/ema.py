@@ -22,7 +22,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averages towards the weights; `step` counts the optimiser steps made, and ramps the decay up."""
+        """Move the averages towards the weights; `step` counts the optimiser steps made before, and ramps the decay up."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [parameter.float() for parameter in self._parameters.values()]
         torch._foreach_lerp_(list(self._shadow.values()), weights, 1 - decay)

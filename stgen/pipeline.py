@@ -90,7 +90,8 @@ class VideoPipeline(DiffusionPipeline):
         text_encoder, tokenizer: a LearnedTextEncoder (tokenizer None) or a transformers encoder with its tokenizer.
         scheduler: a diffusers scheduler that fits the objective (`build_scheduler`).
         objective: fields of `stgen.objective.Objective`.
-        sampling: defaults of a call: num_frames, height, width, fps, num_inference_steps, guidance_scale, max_length.
+        sampling: defaults of a call: num_frames, height, width, fps, num_inference_steps, guidance_scale, max_length,
+            and the mixed_precision of training, in which the transformer computes here too.
     """
 
     config: Any  # diffusers declares a plain dict; it also reads by attribute
@@ -297,7 +298,10 @@ class VideoPipeline(DiffusionPipeline):
         embeds, mask = _stack(negative, positive) if guided else positive
         inputs = torch.cat([latents, latents]) if guided else latents
         times = torch.as_tensor(told, dtype=torch.float32, device=latents.device).expand(len(inputs))
-        output = self.transformer(inputs.to(self.transformer.dtype), times, embeds, mask, return_dict=False)[0].float()
+        bf16 = self.config.sampling.get("mixed_precision") == "bf16"
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+            output = self.transformer(inputs.to(self.transformer.dtype), times, embeds, mask, return_dict=False)[0]
+        output = output.float()
         if guided:
             away, towards = output.chunk(2)
             output = away + self._guidance_scale * (towards - away)

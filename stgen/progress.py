@@ -1,4 +1,4 @@
-"""Where a run stands, how fast it goes, and the draws that depend on both nothing but seed and number."""
+"""Where a run stands and how fast it goes."""
 
 import math
 import time
@@ -98,8 +98,9 @@ class Progress:
 class Meter:
     """Seconds of a step by what they were spent on, and the rates that follow."""
 
-    def __init__(self, cfg: schema.Config, tokens: int, step_flops: int):
+    def __init__(self, cfg: schema.Config, tokens: int, step_flops: int, device: torch.device):
         self.clips, self.tokens, self.flops = cfg.train.train_batch_size, tokens, step_flops
+        self.cuda = device.type == "cuda"
         self._split = {"data": 0.0, "step": 0.0}
         self._steps, self.seconds = 0, 0.0
 
@@ -109,7 +110,7 @@ class Meter:
 
     def lap(self, name: str) -> None:
         """Book the time since the last mark under `name`."""
-        if name == "step" and torch.cuda.is_available():
+        if name == "step" and self.cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self._split[name] += now - self._mark
@@ -121,7 +122,7 @@ class Meter:
         data, step, steps = self._split["data"], self._split["step"], self._steps
         seconds = (data + step) / steps
         self._split, self._steps = {"data": 0.0, "step": 0.0}, 0
-        memory = {"perf/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
+        memory = {"perf/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
         return memory | {
             "perf/step_time_s": seconds,
             "perf/data_wait_s": data / steps,

@@ -48,8 +48,8 @@ class Run(Section):
 class Shapes(Section):
     clips: PositiveInt = 2400
     """How many clips to render."""
-    held_out: NonNegativeInt = 8
-    """How many of the 48 colour x shape x direction combinations are never rendered."""
+    held_out: Annotated[int, Field(ge=0, le=12)] = 8
+    """How many of the 48 colour x shape x direction combinations are never rendered; no two share a pair of values."""
     held_out_seed: NonNegativeInt = 0
     """Chooses which combinations are held out."""
 
@@ -115,8 +115,8 @@ class LearnedText(Section):
     """A small encoder trained with the model; it knows only the captions it was trained on."""
     width: PositiveInt = 128
     """Channels of a token's embedding."""
-    max_length: PositiveInt = 32
-    """Tokens kept of a prompt, the end token included."""
+    max_length: Annotated[int, Field(ge=2)] = 128
+    """Words or bytes kept of a prompt, the end token included."""
     conditioning: Literal["adaln", "cross", "both"] = "adaln"
     """How the prompt enters: pooled into the modulation, by cross-attention, or both."""
     caption_dropout: Fraction = 0.1
@@ -196,6 +196,8 @@ class Model(Section):
     def _plan_fits(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if int(self.width * self.mlp.ratio) < 1:
+            raise ValueError(f"mlp.ratio: {self.mlp.ratio} of width {self.width} leaves no hidden channel")
         layers = self.layers
         known = sorted({*PLAIN_LAYOUTS, *self.mixers})
         for name in self.mixer_names:
@@ -330,7 +332,7 @@ class Checkpoint(Section):
 class Validation(Section):
     steps: PositiveInt | None = 1000
     """Sample the prompts and measure the held-out loss every so many steps, at step 0 and at the end; null: at the end only."""
-    prompts: list[str] | None = None
+    prompts: Annotated[list[str], Field(min_length=1)] | None = None
     """Prompts to sample; null takes up to four captions of the training folder."""
     negative_prompt: str = ""
     """What guidance leads away from."""
@@ -359,6 +361,9 @@ class Log(Section):
     """W&B run name; null takes the run folder's name."""
 
 
+SAMPLERS = {"flow": ("euler", "heun", "unipc", "dpm++"), "diffusion": ("ddim", "unipc", "dpm++")}
+
+
 class Config(Section):
     run: Run = Run()
     data: Data = Data()
@@ -376,7 +381,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self):
-        data, codec = self.data, self.codec
+        data, codec, model = self.data, self.codec, self.model
+        if self.tokens.positions == "rope" and model.width // model.heads % 2:
+            raise ValueError(
+                f"tokens.positions: rope turns pairs of channels, but model.width {model.width} over model.heads "
+                f"{model.heads} gives heads of {model.width // model.heads}; make that even or write learned"
+            )
+        if self.validation.judged_noises and not data.shapes.held_out and data.train_data_dir is None:
+            raise ValueError(
+                "validation.judged_noises: the oracle compares with held-out prompts; data.shapes.held_out is 0"
+            )
+        self._check_sampler()
         if codec.kind == "pca":
             extents = (data.num_frames, data.height, data.width)
             for name, extent, patch in zip(("num_frames", "height", "width"), extents, codec.patch_size, strict=True):
@@ -385,6 +400,19 @@ class Config(Section):
             if codec.components > 3 * codec.patch_size[0] * codec.patch_size[1] * codec.patch_size[2]:
                 raise ValueError("codec.components exceeds the numbers in a patch")
         return self
+
+    def _check_sampler(self):
+        path, scheduler, steps = self.objective.path, self.validation.scheduler, self.validation.num_inference_steps
+        fitting = SAMPLERS[path]
+        if scheduler is not None and scheduler not in fitting:
+            raise ValueError(
+                f"validation.scheduler: {scheduler} does not fit objective.path {path}; use {', '.join(fitting)}"
+            )
+        if path == "diffusion" and steps > self.objective.num_train_timesteps:
+            raise ValueError(
+                f"validation.num_inference_steps: {steps} exceeds objective.num_train_timesteps "
+                f"{self.objective.num_train_timesteps}"
+            )
 
     @property
     def output_dir(self) -> Path:

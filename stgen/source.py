@@ -52,7 +52,8 @@ def known_captions(cfg: schema.Config) -> list[str]:
 
 def folder_summary(folder: dataset.VideoFolder, train_ids: Sequence[int], held_ids: Sequence[int]) -> str:
     """One line about the folder: what is used, set aside, rejected and uncaptioned."""
-    line = f"{len(train_ids)} videos to train on, {len(held_ids)} held out for the loss"
+    held_out = f"{len(held_ids)} held out for the loss" if held_ids else "none held out for the loss (too few)"
+    line = f"{len(train_ids)} videos to train on, {held_out}"
     if folder.rejects:
         line += f", {len(folder.rejects)} rejected (rejects.jsonl says why)"
     if folder.uncaptioned:
@@ -87,18 +88,20 @@ class Source:
     """Batches of latents as a pure function of seed and step, from memory or decoded on the way."""
 
     def __init__(
-        self, cfg: schema.Config, folder: dataset.VideoFolder, ids: Sequence[int], component: Any, device: torch.device
+        self,
+        cfg: schema.Config,
+        folder: dataset.VideoFolder,
+        ids: Sequence[int],
+        component: Any,
+        device: torch.device,
+        run_dir: Path,
     ):
-        self.cfg, self.folder, self.device = cfg, folder, device
+        self.cfg, self.folder, self.device, self.run_dir = cfg, folder, device, run_dir
         self.codec = codec.as_codec(component)
         self.latent_shape = self.codec.latent_shape(cfg.data.num_frames, cfg.data.height, cfg.data.width)
-        self.rejects: list[Any] = []
+        self.rejects = {reject.path for reject in folder.rejects}  # paths, each counted once
         self.sampler = dataset.StepSampler(ids, cfg.train.train_batch_size, cfg.run.seed)
         self.memory = self._fill(ids) if cfg.data.cache == "memory" else None
-
-    @property
-    def rejected(self) -> int:
-        return len(self.rejects)
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches from `start_step` on, for ever."""
@@ -112,7 +115,10 @@ class Source:
             yield self._encoded(item)
 
     def _encoded(self, item: dict[str, Any]) -> Batch:
-        self.rejects += item["rejects"]
+        new = [reject for reject in item["rejects"] if reject[0] not in self.rejects]
+        if new:
+            dataset.write_rejects(self.run_dir / "rejects.jsonl", new)
+            self.rejects |= {path for path, _ in new}
         frames = codec.to_unit(item["frames"].to(self.device))  # [B, 3, T, H, W]
         return Batch(self.codec.encode(frames), item["caption"], item["path"])
 
@@ -145,7 +151,13 @@ def fit_or_load_codec(
     if loaded is not None:
         checkpoint.load_into(component, loaded.tensors["codec"], "codec")
         return
-    count = cfg.codec.fit_clips if isinstance(cfg.codec, schema.PatchPCA) else 64
-    chosen = ids[:: max(1, len(ids) // count)][:count]
-    frames = torch.stack([folder[(i, 0)]["frames"] for i in tqdm(chosen, desc="fitting the codec", unit="clip")])
-    component.fit(codec.to_unit(frames).to(component.device))
+    folder, count = folder.within(ids), 64
+    if isinstance(cfg.codec, schema.PatchPCA):
+        # A small folder gives several clips of each video, or there might be fewer patches than components.
+        patches = math.prod(component.latent_shape(cfg.data.num_frames, cfg.data.height, cfg.data.width)[1:])
+        needed = math.ceil(4 * cfg.codec.components / patches)
+        count = min(cfg.codec.fit_clips, max(len(ids), needed))
+    stride = max(1, len(ids) // count)
+    keys = [(ids[i * stride % len(ids)], i * stride // len(ids)) for i in range(count)]
+    clips = (folder[key]["frames"] for key in tqdm(keys, desc="fitting the codec", unit="clip"))
+    component.fit(codec.to_unit(clip).to(component.device) for clip in clips)

@@ -55,8 +55,9 @@ class LearnedTextEncoder(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.places.weight)
         self.layers = None
         if vocabulary is None:
+            heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
             layer = nn.TransformerEncoderLayer(
-                width, max(1, width // 64), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             self.layers = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
 

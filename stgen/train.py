@@ -1,5 +1,7 @@
 """The story of a run: a folder of videos in; checkpoints, metrics, clips and a pipeline out."""
 
+import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -12,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from stgen import build, checkpoint, config, dataset, flops, optim, schedules, schema, shapes, source, text, validation
+from stgen import build, checkpoint, config, dataset, flops, optim, schedules, schema, source, text, validation
 from stgen.describe import describe
 from stgen.ema import EMA
 from stgen.logger import Logger
@@ -30,7 +32,10 @@ from stgen.step import accumulate
 from stgen.tokens import grid_of
 
 # Keys that may differ on resume without changing what the run computes up to its limit.
-FREE_KEYS = ("run.", "log.", "checkpoint.", "validation.", "data.dataloader_num_workers", "data.decode_timeout")
+FREE_KEYS = (
+    "run.output_dir", "run.resume_from_checkpoint", "run.allow_changed_config", "run.device",
+    "log.", "checkpoint.", "validation.", "data.dataloader_num_workers", "data.decode_timeout",
+)  # fmt: skip
 LIMIT_KEYS = ("train.max_train_steps", "train.max_train_seconds", "train.num_train_epochs")
 
 
@@ -45,8 +50,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
     # ------------------------------------------------------------------------------------------ the run folder
     device = build.device_of(cfg)
     run_dir = cfg.output_dir
-    resuming = cfg.run.resume_from_checkpoint != "none"
-    with _run_folder(run_dir, keep=resuming) as run_dir, ExitStack() as closing:
+    with _run_folder(run_dir, keep=_goes_on(cfg)), ExitStack() as closing:
         loaded = checkpoint.resolve(run_dir, cfg.run.resume_from_checkpoint)
         if loaded is not None:
             _check_same_config(cfg, loaded)
@@ -56,13 +60,14 @@ def train(cfg: schema.Config) -> dict[str, Any]:
         # -------------------------------------------------------------------------------------- data and parts
         seed_everything(cfg.run.seed)
         folder, split = source.open_folder(cfg, run_dir)
+        _check_same_folder(cfg, folder, loaded)
         dataset.write_rejects(run_dir / "rejects.jsonl", folder.rejects)
         train_ids, held_ids = dataset.split(len(folder), cfg.data.held_out_clips, cfg.run.seed)
         captions = [folder.samples[i].caption for i in train_ids]
         vocabulary = text.vocabulary_of(captions) if loaded is None else loaded.state["vocabulary"]
         parts = build.build_parts(cfg, vocabulary).to(device)
         source.fit_or_load_codec(cfg, parts.codec, folder, train_ids, loaded)
-        clips = source.Source(cfg, folder, train_ids, parts.codec, device)
+        clips = source.Source(cfg, folder, train_ids, parts.codec, device, run_dir)
         held_out = Batch.read(folder.within(held_ids), held_ids, parts.codec, device) if held_ids else None
         fps = cfg.data.fps or folder.samples[0].info.fps
 
@@ -78,6 +83,8 @@ def train(cfg: schema.Config) -> dict[str, Any]:
             optim.load_state_tensors(optimizer, names, loaded.tensors["optimizer"])
             checkpoint.restore_random_state(loaded.tensors["random"])
             progress = Progress.resumed(loaded, progress.total, cfg)
+            if not _goes_on(cfg):
+                progress.wandb_id = None
         logger = Logger(
             run_dir,
             cfg.model_dump(mode="json"),
@@ -86,7 +93,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
             group=cfg.log.group,
             name=cfg.log.name or run_dir.name,
             run_id=progress.wandb_id,
-            resume_step=progress.step if loaded is not None else None,
+            resume_step=(progress.step if loaded is not None else -1) if _goes_on(cfg) else None,
         )
         closing.callback(logger.finish)
         progress.wandb_id = logger.run_id
@@ -111,23 +118,28 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 "random": checkpoint.random_state(),
                 "codec": build.codec_tensors(parts.codec),
             }
-            state = {**progress.state(), "vocabulary": vocabulary, "fps": fps, "config": cfg.model_dump(mode="json")}
+            state = {**progress.state(), "vocabulary": vocabulary, "fps": fps, "files": fingerprint(folder)}
+            state["config"] = cfg.model_dump(mode="json")
             return checkpoint.save(run_dir, progress.step, tensors, state, cfg.checkpoint.total_limit)
 
         def validate() -> dict[str, float]:
-            with ema.applied(), validation.evaluating(parts, cfg, device):
+            with ema.applied(), validation.evaluating(parts):
                 metrics = {}
                 if held_out is not None:
                     loss = validation.held_out_loss(cfg, parts, objective, held_out)
                     metrics["val/loss"] = progress.held_out_loss = loss
+                    logger.log(progress.step, metrics)
                 out = run_dir / "samples" / f"step-{progress.step:06d}"
                 videos = validation.sample_prompts(pipeline, prompts, cfg, fps, out)
-                logger.log(progress.step, metrics)
                 logger.videos(progress.step, "validation/videos", videos)
                 return metrics
 
         # ---------------------------------------------------------------------------------------------- the loop
-        meter = Meter(cfg, grid.tokens, step_flops)
+        if not progress.done:
+            shutil.rmtree(
+                run_dir / "final", ignore_errors=True
+            )  # of the steps before; checkpoints hold the same weights
+        meter = Meter(cfg, grid.tokens, step_flops, device)
         with checkpoint.StopSignals() as stop, _progress_bar(progress) as bar:
             if progress.step == 0 and cfg.validation.steps is not None:
                 validate()
@@ -154,7 +166,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 bar.update()
                 if progress.step % cfg.log.every == 0 or progress.done:
                     metrics = progress.window_metrics(rate, cfg.train.train_batch_size, len(train_ids))
-                    logger.log(progress.step, metrics | meter.metrics(clips.rejected))
+                    logger.log(progress.step, metrics | meter.metrics(len(clips.rejects)))
                 if cfg.validation.steps is not None and progress.step % cfg.validation.steps == 0 and not progress.done:
                     bar.write(f"step {progress.step}: " + _words(validate()))
                 if progress.step % cfg.checkpoint.steps == 0 and not progress.done:
@@ -166,7 +178,6 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                     last = save()
             else:
                 last = run_dir / f"checkpoint-{progress.step}"
-        dataset.write_rejects(run_dir / "rejects.jsonl", clips.rejects)
         if stop.requested:
             tqdm.write(
                 f"stopped by {stop.requested} at step {progress.step}; everything is saved in {last}\n"
@@ -176,7 +187,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
 
         # ------------------------------------------------------------------------------------------------ the end
         validate()
-        with ema.applied(), validation.evaluating(parts, cfg, device):
+        with ema.applied(), validation.evaluating(parts):
             pipeline.save_pretrained(run_dir / "final", safe_serialization=True)
             sheet, accuracy = validation.finish(cfg, pipeline, prompts, split, folder, fps, run_dir)
         summary = {
@@ -186,7 +197,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
             **accuracy,
             "parameters": flops.trainable(parts.trained),
             "flops_per_step": step_flops,
-            "rejects": len(folder.rejects) + clips.rejected,
+            "rejects": len(clips.rejects),
         }
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         logger.image(progress.step, "validation/contact_sheet", sheet)
@@ -200,37 +211,61 @@ def train(cfg: schema.Config) -> dict[str, Any]:
 
 
 @contextmanager
-def _run_folder(run_dir: Path, keep: bool) -> Iterator[Path]:
+def _run_folder(run_dir: Path, keep: bool) -> Iterator[None]:
     """Make the run folder and hold it for this process; an earlier run that is not resumed is moved aside, whole.
 
     Raises TrainingError when another process trains into it.
     """
-    import fcntl
-
     if run_dir.exists() and not run_dir.is_dir():
         raise TrainingError(f"run.output_dir: {run_dir} is a file; name a folder")
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock = _lock(run_dir)
+    if not keep and ((run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoint-*"))):
+        home = run_dir.resolve()
+        aside = next(p for i in itertools.count(1) if not (p := home.with_name(f"{home.name}-old{i}")).exists())
+        home.rename(aside)
+        home.mkdir()
+        tqdm.write(f"{run_dir} held an earlier run; it now lies in {aside} (resume it with run.output_dir={aside})")
+        lock.close()
+        lock = _lock(home)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    """Hold the folder until the file is closed or the process ends."""
     lock = (run_dir / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        lock.close()
         raise TrainingError(
             f"run.output_dir: another process is training into {run_dir}; choose another folder"
         ) from None
-    if not keep and (run_dir / "config.yaml").exists():
-        aside = next(p for i in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}-old{i}")).exists())
-        run_dir.rename(aside)
-        run_dir.mkdir()
-        tqdm.write(f"{run_dir} held an earlier run; it now lies in {aside} (resume it with run.output_dir={aside})")
-        if (aside / "data" / shapes.MARKER).exists():
-            shutil.move(aside / "data", run_dir / "data")  # rendered anew only if the recipe differs
-        lock.close()
-        lock = (run_dir / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        yield run_dir
-    finally:
-        lock.close()
+    return lock
+
+
+def _goes_on(cfg: schema.Config) -> bool:
+    """Whether the run continues in its own folder; a run that starts from another one's checkpoint is a new run."""
+    which = cfg.run.resume_from_checkpoint
+    return which == "latest" or (which != "none" and cfg.output_dir.resolve() in (Path(which) / "_").resolve().parents)
+
+
+def fingerprint(folder: dataset.VideoFolder) -> str:
+    """A hash of the names of the usable videos, in order: it decides the split and the order of training."""
+    return hashlib.sha256("\n".join(folder.name(i) for i in range(len(folder))).encode()).hexdigest()
+
+
+def _check_same_folder(cfg: schema.Config, folder: dataset.VideoFolder, loaded: checkpoint.Loaded | None) -> None:
+    """Raise TrainingError when the usable videos are not those that the checkpoint was trained on."""
+    if loaded is None or cfg.run.allow_changed_config or loaded.state["files"] == fingerprint(folder):
+        return
+    raise TrainingError(
+        f"{folder.root} no longer holds the videos that {loaded.path} was trained on, so order and held-out clips would "
+        "change (restore them, or say run.allow_changed_config=true)"
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -303,8 +338,8 @@ def _refuse_nan(loss: float, norm: float, batch: Batch, step: int, run_dir: Path
     )
     raise TrainingError(
         f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Clips of the batch: "
-        f"{', '.join(batch.files[:4])}{' …' if len(batch.files) > 4 else ''} (all in {dump}). Weights of the last "
-        "checkpoint are sound: lower optim.learning_rate or remove the clips, then resume"
+        f"{', '.join(batch.files[:4])}{' …' if len(batch.files) > 4 else ''} (all in {dump}). Go on from an earlier "
+        "checkpoint with a lower optim.learning_rate and run.allow_changed_config=true, or without these clips"
     )
 
 

@@ -16,13 +16,12 @@ from stgen.step import generator, losses
 
 
 @contextmanager
-def evaluating(parts: build.Parts, cfg: schema.Config, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradients, the precision of training."""
+def evaluating(parts: build.Parts) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards training mode again."""
     for module in parts.trained.values():
         module.eval()
-    bf16 = cfg.train.mixed_precision == "bf16"
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad():
             yield
     finally:
         for module in parts.trained.values():
@@ -30,19 +29,22 @@ def evaluating(parts: build.Parts, cfg: schema.Config, device: torch.device) -> 
 
 
 def held_out_loss(cfg: schema.Config, parts: build.Parts, objective: Objective, batch: Batch) -> float:
-    """Mean loss over the held-out clips, each at a fixed time and noise; times are spread evenly over (0, 1)."""
+    """Mean loss over the held-out clips, each at a fixed time and noise.
+
+    The times are evenly spaced quantiles of the density of training times, so that the number compares with the
+    training loss.
+    """
     count, total = len(batch.captions), 0.0
+    draws = objective.draw_times(4096, generator("held-out times")).sort().values
+    times = draws[(torch.arange(count) * 2 + 1) * len(draws) // (2 * count)]  # [count]
     for start in range(0, count, cfg.train.train_batch_size):
         rows = range(start, min(start + cfg.train.train_batch_size, count))
         latents = batch.latents[rows.start : rows.stop]
         noise = [torch.randn(latents.shape[1:], generator=generator(cfg.run.seed, "held-out", i)) for i in rows]
-        t = torch.tensor([(i + 0.5) / count for i in rows], device=latents.device)
+        t = times[rows.start : rows.stop].to(latents.device)
         part = Batch(latents, batch.captions[rows.start : rows.stop], [])
-        total += float(
-            losses(
-                cfg, parts.transformer, parts, objective, part, torch.stack(noise).to(latents), t, part.captions
-            ).sum()
-        )
+        noise = torch.stack(noise).to(latents.device)
+        total += float(losses(cfg, parts.transformer, parts, objective, part, noise, t, part.captions).sum())
     return total / count
 
 
@@ -70,12 +72,10 @@ def sample_prompts(
     return files
 
 
-def sample_clips(
-    pipeline: VideoPipeline, prompts: list[str], seeds: list[int], cfg: schema.Config, batch: int = 80
-) -> list[Tensor]:
+def sample_clips(pipeline: VideoPipeline, prompts: list[str], seeds: list[int], cfg: schema.Config) -> list[Tensor]:
     """One clip, uint8 [T, 3, H, W], for each prompt and seed."""
     pipeline.set_progress_bar_config(disable=True)
-    clips = []
+    clips, batch = [], cfg.train.train_batch_size
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         clips += pipeline.clips(part, seeds[start : start + batch], [cfg.validation.negative_prompt] * len(part))

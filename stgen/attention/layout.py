@@ -66,11 +66,11 @@ class Window:
     def fold(self, x: Tensor, grid: Grid) -> Tensor:
         x = rearrange(x, "b (t h w) c d -> b t h w c d", t=grid.t, h=grid.h, w=grid.w)
         x = pad(x, (0, 0, 0, 0, *self._padding(grid)))
-        p, q, r = self.size
+        p, q, r = self._size(grid)
         return rearrange(x, "b (t p) (h q) (w r) c d -> (b t h w) c (p q r) d", p=p, q=q, r=r)
 
     def unfold(self, x: Tensor, grid: Grid) -> Tensor:
-        (t, h, w), (p, q, r) = self._boxes(grid), self.size
+        (t, h, w), (p, q, r) = self._boxes(grid), self._size(grid)
         x = rearrange(x, "(b t h w) c (p q r) d -> b (t p) (h q) (w r) c d", t=t, h=h, w=w, p=p, q=q, r=r)
         a, b, c = self._shift(grid)
         return x[:, a : a + grid.t, b : b + grid.h, c : c + grid.w].flatten(1, 3)  # [B, N, heads, D]
@@ -84,12 +84,16 @@ class Window:
 
     def same_sequence(self, grid: Grid) -> Tensor:
         """Dense definition: [N, N], true where two tokens share a box."""
-        box = (coordinates(grid) + torch.tensor(self._shift(grid))) // torch.tensor(self.size)
+        box = (coordinates(grid) + torch.tensor(self._shift(grid))) // torch.tensor(self._size(grid))
         return (box[:, None] == box[None]).all(-1)
 
     def sequence(self, grid: Grid) -> tuple[int, int]:
         """Number of boxes of one clip and places in each, cut ones counted whole."""
-        return math.prod(self._boxes(grid)), math.prod(self.size)
+        return math.prod(self._boxes(grid)), math.prod(self._size(grid))
+
+    def _size(self, grid: Grid) -> tuple[int, int, int]:
+        """Extents of a box; an axis shorter than the box is taken whole, without padding."""
+        return min(self.size[0], grid.t), min(self.size[1], grid.h), min(self.size[2], grid.w)
 
     def _shift(self, grid: Grid) -> tuple[int, ...]:
         extents = (grid.t, grid.h, grid.w)
@@ -97,12 +101,14 @@ class Window:
 
     def _boxes(self, grid: Grid) -> tuple[int, ...]:
         extents = (grid.t, grid.h, grid.w)
-        return tuple(-(-(n + s) // size) for n, s, size in zip(extents, self._shift(grid), self.size, strict=True))
+        return tuple(
+            -(-(n + s) // size) for n, s, size in zip(extents, self._shift(grid), self._size(grid), strict=True)
+        )
 
     def _padding(self, grid: Grid) -> list[int]:
         """Places before and after each axis in the order of torch's pad: columns, rows, frames."""
         sides = []
-        axes = zip((grid.t, grid.h, grid.w), self._shift(grid), self._boxes(grid), self.size, strict=True)
+        axes = zip((grid.t, grid.h, grid.w), self._shift(grid), self._boxes(grid), self._size(grid), strict=True)
         for extent, before, boxes, size in reversed(list(axes)):
             sides += [before, boxes * size - before - extent]
         return sides

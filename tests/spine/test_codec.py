@@ -97,7 +97,9 @@ def test_pixels_have_unit_variance():
     pixels = Pixels().fit(frames)
     latents = pixels.encode(frames)
     assert latents.shape[1:] == pixels.latent_shape(4, 16, 8)
-    assert float(latents.mean()) == pytest.approx(0, abs=1e-5) and float(latents.std()) == pytest.approx(1, abs=1e-5)
+    assert float(latents.mean()) == pytest.approx(0, abs=1e-5) and float(latents.std(correction=0)) == pytest.approx(
+        1, abs=1e-5
+    )
     assert torch.allclose(pixels.decode(latents), frames, atol=1e-6)
 
 
@@ -126,7 +128,9 @@ def test_pca_refuses_sizes(size, message):
 
 
 def test_pca_refuses_too_few_patches():
-    with pytest.raises(CodecError, match="components=24 needs at least as many patches to fit, found 8; add videos"):
+    with pytest.raises(
+        CodecError, match=r"codec\.components 24 needs at least as many patches to fit, found 8; add videos"
+    ):
         PatchPCA((2, 2, 2), 24).fit(torch.zeros(1, 3, 4, 4, 4))
 
 

@@ -253,12 +253,12 @@ def test_a_file_that_cannot_be_read_is_one_line(monkeypatch):
 def test_yaml_is_1_2():
     config = read(
         LIMIT + "optim: {learning_rate: 1e-4, adam_weight_decay: 1}\n"
-        "model: {width: 1e3, heads: 0x8}\nrun: {output_dir: no, seed: 012}\n"
+        "model: {width: 1e3, heads: 0xA}\nrun: {output_dir: no, seed: 012}\n"
         "validation: {prompts: [on, 16:9, 2024-01-01]}\n"
     )
     assert config.optim.learning_rate == 1e-4
     assert config.optim.adam_weight_decay == 1.0
-    assert (config.model.width, config.model.heads, config.run.seed) == (1000, 8, 12)
+    assert (config.model.width, config.model.heads, config.run.seed) == (1000, 10, 12)
     assert (config.run.output_dir, config.validation.prompts) == ("no", ["on", "16:9", "2024-01-01"])
     assert read(LIMIT, "train.mixed_precision=no").train.mixed_precision == "no"
 

@@ -61,7 +61,9 @@ def run_folder(tmp_path_factory):
     model = {name: x.clone() for name, x in nn.ModuleDict(parts.trained).state_dict().items()}
     ema = {name: x * 0.9 for name, x in model.items()}
     tensors = {"model": model, "ema": ema, "codec": build.codec_tensors(parts.codec)}
-    checkpoint.save(folder, 1, tensors, {"step": 1, "vocabulary": vocabulary, "fps": 6.0}, 2)
+    checkpoint.save(
+        folder, 1, tensors, {"config": cfg.model_dump(mode="json"), "vocabulary": vocabulary, "fps": 6.0}, 2
+    )
     return folder
 
 
@@ -300,7 +302,10 @@ def test_a_size_that_learned_positions_do_not_know(tmp_path, capsys):
 def test_folders_that_hold_no_model(saved, tmp_path, capsys):
     for folder in (tmp_path / "missing", tmp_path):
         said = refused(capsys, folder, "--prompt", "red")
-        assert f"{folder} is neither a run folder (config.yaml) nor a saved pipeline (model_index.json)" in said
+        assert (
+            f"{folder} is neither a run folder, nor a checkpoint (manifest.json), nor a saved pipeline (model_index.json)"
+            in said
+        )
     (tmp_path / "model_index.json").write_text((saved / "model_index.json").read_text())
     assert "cannot be loaded" in refused(capsys, tmp_path, "--prompt", "red")
     (tmp_path / "model_index.json").write_text("{")

@@ -261,6 +261,59 @@ def test_resume_refuses_another_config_key_by_key(tiny, tmp_path):
     assert train(allowed)["steps"] == 6
 
 
+def test_resume_refuses_another_seed_and_another_folder(tiny, tmp_path):
+    folder = write_videos(tmp_path / "videos", 12)
+    start = [f"data.train_data_dir={folder}", "checkpoint.steps=1"]
+    train(tiny(*start, limit="train.max_train_steps=1"))
+    goes_on = [*start, "run.resume_from_checkpoint=latest"]
+    with pytest.raises(TrainingError, match=r"run.seed: 0 -> 7"):
+        train(tiny(*goes_on, "run.seed=7"))
+    shutil.copy(folder / "0.mp4", folder / "one_more.mp4")
+    with pytest.raises(TrainingError, match="no longer holds the videos"):
+        train(tiny(*goes_on))
+    (folder / "one_more.mp4").unlink()
+    assert train(tiny(*goes_on))["steps"] == 6
+
+
+def test_a_run_that_goes_on_leaves_no_pipeline_of_earlier_steps(tiny, tmp_path, monkeypatch):
+    train(tiny(limit="train.max_train_steps=1"))
+    assert (tmp_path / "run" / "final").is_dir()
+    monkeypatch.setattr("stgen.checkpoint.save", lambda *_: (_ for _ in ()).throw(CheckpointError("disk full")))
+    with pytest.raises(CheckpointError):
+        train(tiny("run.resume_from_checkpoint=latest"))
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_run_from_another_runs_checkpoint_is_a_new_run(tiny, tmp_path):
+    train(tiny("data.held_out_clips=0", limit="train.max_train_steps=2"))
+    train(tiny(limit="train.max_train_steps=1", folder="other"))
+    which = f"run.resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"
+    train(tiny(which, "data.held_out_clips=0", folder="other"))
+    assert (tmp_path / "other-old1" / "checkpoint-1").is_dir()
+    assert [row[0] for row in metrics_of(tmp_path / "other", "train/loss")] == [3, 4, 5, 6]
+    ids = [
+        json.loads((tmp_path / r / f"checkpoint-{n}" / "state.json").read_text())["progress"]["wandb_id"]
+        for r, n in (("run", 2), ("other", 6))
+    ]
+    assert ids[0] != ids[1]
+
+
+def test_a_checkpoint_samples_as_it_was_trained_whatever_the_run_folder_says(tiny, tmp_path):
+    train(tiny(limit="train.max_train_steps=1"))
+    alone = shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "alone")
+    (tmp_path / "run" / "config.yaml").write_text("nonsense: 1\n")
+    expected = load_pipeline(tmp_path / "run").clips(["a red circle"], [0], [""])[0]
+    assert torch.equal(load_pipeline(alone).clips(["a red circle"], [0], [""])[0], expected)
+
+
+def test_the_runs_own_clips_are_those_of_its_pipeline(tiny, tmp_path):
+    train(tiny("train.mixed_precision=bf16", 'validation.prompts=["a red circle"]'))
+    (clip,) = (tmp_path / "run" / "samples" / "final").glob("*.mp4")
+    again = load_pipeline(tmp_path / "run").clips(["a red circle"], [0], [""])[0]
+    video.write(tmp_path / "again.mp4", video.Clip(again, 8.0))
+    assert (tmp_path / "again.mp4").read_bytes() == clip.read_bytes()
+
+
 def test_resume_refuses_another_architecture_by_name(tiny, tmp_path):
     train(tiny(limit="train.max_train_steps=1"))
     with pytest.raises(CheckpointError, match="another architecture"):
@@ -304,7 +357,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(tiny, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == 143, output
     assert "stopped by SIGTERM" in output and "run.resume_from_checkpoint=latest" in output
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     at = int(saved.name.split("-")[1])
