@@ -5,6 +5,7 @@ autoencoder joins them through `Autoencoder`.
 """
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,18 +58,19 @@ class PatchPCA(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, clips: Iterable[Tensor]) -> "PatchPCA":
-        """Fit mean, components and scale to clips [3, T, H, W] in [-1, 1], one at a time.
+        """Fit mean, components and scale to clips [3, T, H, W] in [-1, 1], a few at a time.
 
         Raises CodecError when the clips have fewer patches than there are components.
         """
         numbers, keep, count = len(self.mean), self.config.components, 0
         total = torch.zeros(numbers, dtype=torch.float64, device=self.mean.device)
         products = torch.zeros(numbers, numbers, dtype=torch.float64, device=self.mean.device)
-        for clip in clips:
-            patches = self._patches(clip[None]).flatten(0, 3)  # [M, P]
+        clips = iter(clips)
+        while some := list(islice(clips, 32)):  # many at once, since the products outweigh the patches of one clip
+            patches = self._patches(torch.stack(some)).flatten(0, 3)  # [M, P]
             count += len(patches)
             total += patches.double().sum(0)
-            products += patches.T @ patches  # float32 within a clip, float64 over clips
+            products += patches.T @ patches  # float32 within these clips, float64 over all
         if count < keep:
             raise CodecError(
                 f"codec.components {keep} needs at least as many patches to fit, found {count}; "
