@@ -100,8 +100,8 @@ def render(combo: Combination, frames: int, height: int, width: int, seed: int) 
     """One clip, uint8 [T, 3, H, W]: random size, start, travel and grey ground, all from `seed`."""
     rng = random.Random(f"{seed}-{combo.prompt}")
     side = min(height, width)
-    radius = rng.uniform(0.19, 0.27) * side * RELATIVE[combo.kind]
-    travel = rng.uniform(0.28, 0.42)
+    radius = rng.uniform(0.22, 0.30) * side * RELATIVE[combo.kind]
+    travel = rng.uniform(0.26, 0.40)
     margin = REACH[combo.kind] * radius + 1
     start, end = [], []
     for extent, sign in zip((height, width), DIRECTIONS[combo.direction], strict=True):
