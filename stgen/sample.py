@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -45,6 +46,7 @@ NUMBERS = ("guidance_scale", "fps")
 
 def sample(args: Namespace) -> list[Path]:
     """Sample what the command line asks for; returns the files of the clips."""
+    diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment; sampling has its own
     pipeline = _load(args)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:

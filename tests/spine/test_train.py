@@ -398,7 +398,7 @@ def test_bad_input_ends_in_one_line(tmp_path, arguments, code, line):
 def test_dry_run_tells_the_cost_and_trains_nothing(tmp_path):
     result = run_cli("configs/quickstart.yaml", "--dry-run", f"run.output_dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
-    for words in ("learning_rate: 0.003", "parameters", "tokens", "FLOP", "memory", "spatial: 2 sequences of 16"):
+    for words in ("learning_rate: 0.004", "parameters", "tokens", "FLOP", "memory", "spatial: 2 sequences of 16"):
         assert words in result.stdout, words
     assert not (tmp_path / "run").exists()
 
