@@ -298,7 +298,7 @@ class Train(Section):
     num_train_epochs: PositiveFloat | None = None
     """Stop after this many passes over the folder."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: matrix products in bfloat16; weights, moments and EMA stay in float32."""
+    """bf16: products and activations in bfloat16; weights, moments and EMA stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     compile: bool = False
