@@ -261,6 +261,7 @@ def test_damage_is_never_a_short_clip(tmp_path, suffix):
 
 
 def test_errors_survive_pickling():
+    """A worker process hands its errors to the trainer pickled; an error that cannot be would hang the run."""
     error = pickle.loads(pickle.dumps(VideoError("a.mp4", "has no frames")))
     assert str(error) == "a.mp4: has no frames" and error.reason == "has no frames"
 
