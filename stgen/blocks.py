@@ -8,8 +8,9 @@ lies on the same path does, or neither factor would ever receive a gradient.
 import torch
 from torch import Tensor, nn
 
-from stgen.attention.attend import Attention, CrossAttention, MixerSpec
-from stgen.ops.cost import linear_flops
+from stgen.attention.attend import Attention, CrossAttention
+from stgen.attention.reuse import Carry, Use
+from stgen.ops.cost import Work, linear_flops
 from stgen.tokens import Grid
 
 
@@ -46,20 +47,21 @@ class MLP(nn.Module):
 class Mixing(nn.Module):
     """One term of a layer: branches on one modulated, normed input, their outputs added."""
 
-    def __init__(self, width: int, heads: int, branches: tuple[tuple[MixerSpec, ...], ...], qk_norm: bool):
+    def __init__(self, width: int, branches: nn.ModuleList):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = ModulationTable(width)
-        self.branches = nn.ModuleList(Attention(width, heads, specs, qk_norm) for specs in branches)
+        self.branches = branches
 
-    def forward(self, x: Tensor, grid: Grid, rope, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N, C] with the gated output of the branches added, and the modulated input that they were given."""
+    def forward(self, x: Tensor, grid: Grid, rope, shared: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
+        """x [B, N, C] with the gated output of the branches added, the modulated input they were given, the carry."""
         shift, scale, gate = self.modulation(shared)
         h = modulate(self.norm(x), shift, scale)
-        update = self.branches[0](h, grid, rope)
+        update, carry = self.branches[0](h, grid, rope, carry)
         for branch in self.branches[1:]:
-            update = update + branch(h, grid, rope)
-        return torch.addcmul(x, gate, update), h
+            more, carry = branch(h, grid, rope, carry)
+            update = update + more
+        return torch.addcmul(x, gate, update), h, carry
 
 
 class Prompting(nn.Module):
@@ -85,15 +87,21 @@ class Block(nn.Module):
         self,
         width: int,
         heads: int,
-        terms: tuple[tuple[tuple[MixerSpec, ...], ...], ...],
+        terms: tuple[tuple[tuple[Use, ...], ...], ...],
+        grid: Grid,
         *,
         mlp_ratio: float,
         parallel_mlp: bool,
         cross: bool,
         qk_norm: bool,
+        registers: int,
     ):
         super().__init__()
-        self.mixing = nn.ModuleList(Mixing(width, heads, branches, qk_norm) for branches in terms)
+        self.registers = registers
+        self.mixing = nn.ModuleList(
+            Mixing(width, nn.ModuleList(Attention(width, heads, uses, grid, qk_norm, registers) for uses in branches))
+            for branches in terms
+        )
         self.prompting = Prompting(width, heads, qk_norm) if cross else None
         self.parallel_mlp = parallel_mlp
         self.mlp_norm = None if parallel_mlp else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -114,25 +122,29 @@ class Block(nn.Module):
         shared: Tensor,
         text: Tensor | None,
         text_mask: Tensor | None,
-    ) -> Tensor:
-        """x [B, N, C]; shared modulation [B, 6, C], mixers' three then the MLP's; text [B, L, C] -> [B, N, C]."""
+        carry: Carry,
+    ) -> tuple[Tensor, Carry]:
+        """x [B, N, C]; shared modulation [B, 6, C], mixers' three then the MLP's; text [B, L, C] -> [B, N, C].
+
+        `carry` is what earlier layers left for later ones; it is returned with what this layer leaves.
+        """
         mixer_shared, mlp_shared = shared.chunk(2, dim=1)
         *shift_scale, gate = self.mlp_modulation(mlp_shared[:, 2:] if self.parallel_mlp else mlp_shared)
         h = x
         for mixing in self.mixing:
-            x, h = mixing(x, grid, rope, mixer_shared)
+            x, h, carry = mixing(x, grid, rope, mixer_shared, carry)
         if self.parallel_mlp:
             x = torch.addcmul(x, gate, self.mlp(h))
         if self.prompting is not None:
             x = self.prompting(x, text, text_mask)
         if self.mlp_norm is not None:
             x = torch.addcmul(x, gate, self.mlp(modulate(self.mlp_norm(x), *shift_scale)))
-        return x
+        return x, carry
 
-    def flops(self, grid: Grid, text_tokens: int) -> int:
+    def work(self, grid: Grid, text_tokens: int) -> Work:
         """Operations of a forward pass over one clip."""
-        total = 2 * linear_flops(grid.tokens, self.mlp.up.in_features, self.mlp.up.out_features)
-        total += sum(branch.flops(grid) for branch in self.attentions)
+        tokens = self.registers + grid.tokens
+        rest = 2 * linear_flops(tokens, self.mlp.up.in_features, self.mlp.up.out_features)
         if self.prompting is not None:
-            total += self.prompting.cross_attn.flops(grid.tokens, text_tokens)
-        return total
+            rest += self.prompting.cross_attn.flops(tokens, text_tokens)
+        return sum((attention.work(grid) for attention in self.attentions), Work(rest, rest))

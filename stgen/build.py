@@ -13,7 +13,7 @@ from stgen import checkpoint, codec, schema, text
 from stgen.model import VideoTransformer
 from stgen.objective import Objective
 from stgen.pipeline import VideoPipeline, build_scheduler
-from stgen.tokens import grid_of
+from stgen.tokens import Grid, grid_of
 
 
 class BuildError(ValueError):
@@ -76,7 +76,17 @@ def build_transformer(cfg: schema.Config, latent_shape: tuple[int, int, int, int
         grid = grid_of(extents, cfg.tokens.patch_size)
     except ValueError as error:
         raise BuildError(f"tokens.patch_size: {error}") from None
-    transformer = VideoTransformer(
+    try:
+        transformer = _transformer(cfg, channels, grid, text_width)
+    except ValueError as error:
+        raise BuildError(f"model.{error}") from None
+    if cfg.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def _transformer(cfg: schema.Config, channels: int, grid: Grid, text_width: int) -> VideoTransformer:
+    return VideoTransformer(
         in_channels=channels,
         grid=(grid.t, grid.h, grid.w),
         patch_size=cfg.tokens.patch_size,
@@ -91,10 +101,8 @@ def build_transformer(cfg: schema.Config, latent_shape: tuple[int, int, int, int
         positions=cfg.tokens.positions,
         text_width=text_width,
         conditioning=cfg.text.conditioning,
+        registers=cfg.model.registers,
     )
-    if cfg.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return transformer
 
 
 def build_parts(cfg: schema.Config, captions: Sequence[str]) -> Parts:

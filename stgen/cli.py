@@ -10,14 +10,15 @@ from stgen import config, schema
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script: `stgen train | sample`."""
-    doors = {"train": train, "sample": sample}
+    """The console script: `stgen train | sample | inspect`."""
+    doors = {"train": train, "sample": sample, "inspect": inspect}
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(
-            "usage: stgen {train,sample} ...\n\n  train   train on a folder of videos\n  sample  sample clips from a run"
+            "usage: stgen {train,sample,inspect} ...\n\n  train    train on a folder of videos\n  sample   sample clips from a "
+            "run\n  inspect  draw the attention of a config, and measure that of a run"
         )
-        print("\n`stgen train --help` and `stgen sample --help` tell the rest.")
+        print("\n`stgen train --help` and the like tell the rest.")
         sys.exit(0 if argv else 2)
     if argv[0] not in doors:
         sys.exit(_say(f"stgen: no command {argv[0]!r}; there are {', '.join(doors)}"))
@@ -92,6 +93,50 @@ def sample(argv: Sequence[str] | None = None) -> None:
         from stgen.sample import sample as run
 
         run(args)
+
+
+def inspect(argv: Sequence[str] | None = None) -> None:
+    """`stgen inspect CONFIG [key=value ...]` and `stgen inspect RUN`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen inspect",
+        description="Of a config: draw which tokens each layer may attend (plan.png) and print what it costs; nothing is "
+        "trained, and a model of any size is only sketched. Of a run: draw and print the same, then measure on real clips "
+        "what the heads attend, at several noise levels: entropy, distance in time and space, mass on sinks and registers, "
+        "how alike the maps of layers and of times are (heads.png, similarity_layers.png, similarity_times.png, "
+        "statistics.json), and suggest changes of the config that follow from the numbers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("target", type=Path, metavar="CONFIG|RUN", help="a YAML file; or a run folder, one of its checkpoint folders or "
+        "its final pipeline")  # fmt: skip
+    add("overrides", nargs="*", metavar="key=value", help="CONFIG: values that replace those of the file")
+    add("--output_dir", type=Path, help="where to write (default: RUN/inspect; of a config, its run.output_dir with "
+        "-inspect behind)")  # fmt: skip
+    measured = parser.add_argument_group("of a run")
+    add = measured.add_argument
+    add("--clips", type=int, default=4, help="clips to measure on: held-out ones of the run's data, else training clips")
+    add("--times", type=int, default=5, help="noise levels of each clip, spread evenly over (0, 1)")
+    add("--seed", type=int, default=0, help="chooses clips and noise")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
+        "API key, else offline")  # fmt: skip
+    args = parser.parse_intermixed_args(argv)
+    if not args.target.exists():
+        sys.exit(_say(f"error: {args.target} is neither a config file nor a run folder; there is no such path", 1))
+    if args.target.is_dir():
+        if args.overrides:
+            parser.error(f"a run is inspected as it was trained; leave out {args.overrides[0]!r}")
+        with _told():
+            from stgen.lab.inspect import inspect_run
+
+            inspect_run(args)
+        return
+    cfg = _config(args.target, args.overrides)
+    with _told():
+        from stgen.lab.inspect import inspect_config
+
+        inspect_config(cfg, args.output_dir or cfg.output_dir.with_name(cfg.output_dir.name + "-inspect"))
 
 
 def _config(path: Path, overrides: Sequence[str]) -> schema.Config:

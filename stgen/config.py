@@ -1,7 +1,7 @@
 """Read a config strictly: YAML 1.2 files, `extends`, `a.b=c` overrides, and every fault told in one line.
 
-This module knows no key of the tree; the schema it is given decides. Only one convention is shared with it: the
-members of a union of sections are told apart by their key `kind`.
+This module knows no key of the tree; the schema it is given decides. Two conventions are shared with it: the members
+of a union of sections are told apart by their key `kind`, and a list may stand for the member of kind `any`.
 """
 
 import difflib
@@ -9,7 +9,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
 KIND = "kind"
+ANY = "any"
 EXTENDS = "extends"
 TAG = "tag:yaml.org,2002:"  # begins the name of every type that YAML knows
 MAX_DEPTH = 50  # far beyond any real config, well below the limits of Python and of the JSON parser
@@ -48,6 +49,7 @@ class Node:
     data: Any  # dict[str, Node], list[Node] or a scalar
     origin: str
     text: str | None = None  # the number as typed, for overrides: quotes for it hardly survive a shell
+    spelled: bool = True  # whether the user wrote the key above it; shorthand leaves some out
 
 
 def load(path: str | Path, overrides: Sequence[str], schema: type[Schema]) -> Schema:
@@ -64,7 +66,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema]) -> Sc
         errors += error.errors
     for override in overrides:
         try:
-            layer = _merge(layer, _read_override(override), None)  # together they are one layer, in any order
+            layer = _merge(layer, _read_override(override), root, settled=False)  # together one layer, in any order
         except ConfigError as error:
             errors += error.errors
     if errors:
@@ -232,36 +234,74 @@ def _scalar(node: ScalarNode) -> str | int | float | bool | None:
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-def _merge(base: Node, layer: Node, field: FieldInfo | None) -> Node:
+def _merge(base: Node, layer: Node, field: FieldInfo | None, settled: bool = True) -> Node:
     """`layer` over `base`: mappings key by key, anything else replaced.
 
-    A mapping that chooses another member of a union replaces the base's: their keys have nothing in common.
+    A mapping that chooses another member of a union replaces the base's: their keys have nothing in common. A base
+    that names no kind has the default one, unless it is not yet `settled`.
     """
+    for node in (base, layer):
+        _spell_out(node, field)
     if not (isinstance(base.data, dict) and isinstance(layer.data, dict)):
         return layer
-    if field and KIND in layer.data and _section(field, base.data) is not _section(field, layer.data):
+    if (
+        field
+        and KIND in layer.data
+        and (settled or KIND in base.data)
+        and _section(field, base.data) not in (None, _section(field, layer.data))
+    ):
         return layer
-    merged = dict(base.data)
-    for key, node in layer.data.items():
-        merged[key] = _merge(merged[key], node, _child(field, base.data, key)) if key in merged else node
+    merged = base.data | layer.data
+    for key in base.data.keys() & layer.data.keys():
+        merged[key] = _merge(base.data[key], layer.data[key], _child(field, merged, key), settled)
     return Node(merged, layer.origin)
 
 
+def _spell_out(node: Node, field: FieldInfo | None) -> None:
+    """Writes a member of a union as a mapping with its kind, where it was written short.
+
+    `full` stands for {kind: full}, a list for {kind: any, any: [...]}, and a kind's namesake alone, as in {all: [...]},
+    for {kind: all, all: [...]}.
+    """
+    if field is None or len(_sections(field)) < 2:
+        return
+    namesakes = _namesakes(field)
+    match node.data:
+        case str(kind):
+            node.data = {KIND: Node(kind, node.origin, spelled=False)}
+        case list(items) if ANY in namesakes:
+            node.data = {KIND: Node(ANY, node.origin), ANY: Node(items, node.origin, spelled=False)}
+        case dict(held) if len(held) == 1 and held.keys() <= namesakes.keys():
+            node.data = {KIND: Node(next(iter(held)), node.origin), **held}
+
+
 def _complete(node: Node, field: FieldInfo | None) -> None:
-    """Writes the kind of unions that name none, and the required sections that are absent.
+    """Spells out what is short, and writes the kind of unions that name none and the required sections that are absent.
 
     An empty section lets the schema say what it lacks, which helps more than `is required`.
     """
-    if field is None or not isinstance(node.data, dict):
+    if field is None:
         return
-    if len(_sections(field)) > 1:
-        node.data.setdefault(KIND, Node(_default_kind(field), node.origin))
-    section = _section(field, node.data)
-    for name, child in section.model_fields.items() if section else ():
-        if child.is_required() and isinstance(child.annotation, type) and issubclass(child.annotation, BaseModel):
-            node.data.setdefault(name, Node({}, node.origin))
-    for key, child in node.data.items():
+    _spell_out(node, field)
+    if isinstance(node.data, dict):
+        if len(_sections(field)) > 1 and (kind := _default_kind(field)):
+            node.data.setdefault(KIND, Node(kind, node.origin))
+        section = _section(field, node.data)
+        for name, child in section.model_fields.items() if section else ():
+            if child.is_required() and isinstance(child.annotation, type) and issubclass(child.annotation, BaseModel):
+                node.data.setdefault(name, Node({}, node.origin))
+    for key, child in _items(node):
         _complete(child, _child(field, node.data, key))
+
+
+def _items(node: Node) -> Iterable[tuple[Any, Node]]:
+    """What a mapping or list holds, by key or number; nothing for a scalar."""
+    match node.data:
+        case dict(held):
+            return held.items()
+        case list(held):
+            return enumerate(held)
+    return ()
 
 
 # --- the schema as a tree --------------------------------------------------------------------------------------------
@@ -283,10 +323,19 @@ def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
     return get_args(section.model_fields[KIND].annotation)
 
 
-def _default_kind(field: FieldInfo) -> str:
-    """The kind of the field's default, else that of the union's first member."""
-    default = field.get_default(call_default_factory=True, validated_data={})
-    return getattr(default, KIND, _sections(field)[0].model_fields[KIND].default)
+def _all_kinds(field: FieldInfo) -> list[str]:
+    return [kind for section in _sections(field) for kind in _kinds(section)]
+
+
+def _namesakes(field: FieldInfo) -> dict[str, FieldInfo]:
+    """The kinds of a union that have a key of their own name, with its field."""
+    members = [(kind, section.model_fields) for section in _sections(field) for kind in _kinds(section)]
+    return {kind: fields[kind] for kind, fields in members if kind in fields}
+
+
+def _default_kind(field: FieldInfo) -> str | None:
+    """The kind of the field's default; None where it has none, as in a list, and the kind must be written."""
+    return getattr(field.get_default(call_default_factory=True, validated_data={}), KIND, None)
 
 
 def _section(field: FieldInfo, data: Mapping[str, Node]) -> type[BaseModel] | None:
@@ -316,24 +365,33 @@ def _child(field: FieldInfo | None, data: Any, key: str | int) -> FieldInfo | No
     return None
 
 
-def _leaves(field: FieldInfo, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key that holds a value, with its field; NAME stands for a key the user chooses."""
-    for _, fields in _groups(field, prefix):
-        yield from fields
+@dataclass
+class Group:
+    """A section of the tree for `--help`: its dotted key, its kind in a union, its meaning and its own keys."""
+
+    heading: str
+    meaning: str
+    leaves: list[tuple[str, FieldInfo]]
 
 
-def _groups(field: FieldInfo, prefix: str = "", name: str = "") -> Iterator[tuple[str, list[tuple[str, FieldInfo]]]]:
-    """The sections of the tree, each as a heading and its own leaves: (dotted key, field)."""
+Homes = dict[tuple[type[BaseModel], ...], str]  # where each union is described; elsewhere it is referred to
+
+
+def _groups(field: FieldInfo, homes: Homes, name: str = "", meaning: str = "") -> Iterator[Group]:
+    """The sections of the tree in order, each union once; NAME stands for a key the user chooses."""
     sections = _sections(field)
     for section in sections:
         kind = f" (kind: {', '.join(_kinds(section))})" if len(sections) > 1 else ""
-        below = [(prefix + key, child) for key, child in section.model_fields.items()]
-        if leaves := [(key, child) for key, child in below if not _sections(_innermost(child))]:
-            yield name + kind, leaves
+        below = [
+            (f"{name}.{key}".lstrip(".") + ".NAME" * (_innermost(child) is not child), child)
+            for key, child in section.model_fields.items()
+        ]
+        if leaves := [(key, child) for key, child in below if len(_sections(_innermost(child))) != 1]:
+            yield Group(name + kind, "" if kind else meaning, leaves)
         for key, child in below:
             inner = _innermost(child)
-            key = key if inner is child else f"{key}.NAME"
-            yield from _groups(inner, f"{key}.", key)
+            if len(_sections(inner)) < 2 or homes.setdefault(tuple(_sections(inner)), key) == key:
+                yield from _groups(inner, homes, key, child.description or "")
 
 
 def _innermost(field: FieldInfo) -> FieldInfo:
@@ -344,6 +402,29 @@ def _innermost(field: FieldInfo) -> FieldInfo:
 # --- validating ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Place:
+    """A value in the tree, found from the root: its dotted path as the user wrote it, and its field."""
+
+    path: tuple[str, ...]
+    node: Node
+    field: FieldInfo | None
+    above: "Place | None" = None
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+    def below(self, step: str | int) -> "Place | None":
+        """One step further; an empty node stands for a key that a mapping lacks, None for what cannot be there."""
+        held = dict(_items(self.node))
+        if step not in held and not isinstance(self.node.data, dict):
+            return None
+        node = held.get(step) or Node({}, self.node.origin)
+        path = (*self.path, str(step)) if node.spelled else self.path
+        return Place(path, node, _child(self.field, self.node.data, step), self)
+
+
 def _validate(tree: Node, root: FieldInfo, schema: type[Schema]) -> Schema:
     try:
         # Strict JSON takes lists for tuples and whole numbers for floats, but neither true nor "3" for a number.
@@ -351,12 +432,13 @@ def _validate(tree: Node, root: FieldInfo, schema: type[Schema]) -> Schema:
     except RecursionError:
         _refuse("", "nested too deep", tree.origin)
     except ValidationError as error:
-        faults = [(fault, *_locate(fault["loc"], tree, root)) for fault in error.errors(include_url=False)]
-    if typed := [node for fault, _, node, _ in faults if fault["type"] == "string_type" and node.text is not None]:
-        for node in typed:
+        faults = [(fault, _locate(fault["loc"], Place((), tree, root))) for fault in error.errors(include_url=False)]
+    texts = [at.node for fault, at in faults if fault["type"] == "string_type" and at.node.text is not None]
+    if texts:
+        for node in texts:
             node.data, node.text = node.text, None
         return _validate(tree, root, schema)
-    lines = [_fault(fault, path, node, field, tree, root) for fault, path, node, field in faults]
+    lines = [_fault(fault, place, Place((), tree, root)) for fault, place in faults]
     raise ConfigError(list(dict.fromkeys(lines)))  # a list that lacks two items is one fault
 
 
@@ -372,58 +454,58 @@ def _plain(node: Node) -> Any:
     return node.data
 
 
-def _locate(loc: tuple, tree: Node, root: FieldInfo) -> tuple[list[str], Node, FieldInfo | None]:
-    """Where pydantic's location is in the user's words: dotted path, nearest node that was given, its field.
+def _locate(loc: tuple, place: Place) -> Place:
+    """The nearest place to pydantic's location.
 
     Pydantic inserts the kind after a union of sections, and type names after a union of plain types; both are dropped.
     """
-    path: list[str] = []
-    node, field, tagged = tree, root, False
+    tagged = False
     for step in loc:
         if tagged:
             tagged = False
-            continue
-        held = isinstance(node.data, dict) and step in node.data
-        listed = isinstance(node.data, list) and isinstance(step, int) and step < len(node.data)
-        if not held and not listed:
-            if isinstance(node.data, dict):  # a required key that is missing
-                return [*path, str(step)], node, _child(field, node.data, step)
+        elif below := place.below(step):
+            place = below
+            tagged = place.field is not None and len(_sections(place.field)) > 1
+        else:
             break
-        field = _child(field, node.data, step)
-        node = node.data[step]
-        path.append(str(step))
-        tagged = field is not None and len(_sections(field)) > 1
-    return path, node, field
+    return place
 
 
-def _fault(fault: Any, path: list[str], node: Node, field: FieldInfo | None, tree: Node, root: FieldInfo) -> str:
+def _fault(fault: Any, place: Place, root: Place) -> str:
     """One line for one of pydantic's errors."""
-    key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        return _line(key, _unknown(path, tree, root), node.origin)
-    if fault["type"] == "missing" and isinstance(node.data, dict):
-        return _line(key, f"is required ({_prose(field)})" if field else "is required", node.origin)
-    if fault["type"] in ("value_error", "assertion_error"):
-        return _rule(str(fault["ctx"]["error"]), path, node, tree)
-    if fault["type"] == "union_tag_invalid" and field:
-        kinds = [kind for section in _sections(field) for kind in _kinds(section)]
-        kind = node.data[KIND]
-        return _line(f"{key}.{KIND}", f"should be one of {', '.join(kinds)}, got {_show(kind)}", kind.origin)
+    node, field = place.node, place.field
+    match fault["type"]:
+        case "extra_forbidden":
+            return _line(place.key, _unknown(place, root), node.origin)
+        case "missing" if isinstance(node.data, dict):
+            return _line(place.key, f"is required ({_prose(field)})" if field else "is required", node.origin)
+        case "value_error" | "assertion_error":
+            return _rule(str(fault["ctx"]["error"]), place, root)
+        case "union_tag_invalid" | "union_tag_not_found" if field and (kind := place.below(KIND)):
+            return _line(kind.key, _unknown_kind(kind.node, field), kind.node.origin)
     wanted = f"should be {_prose(field)}" if field else fault["msg"]
     is_text = field is not None and _type(field) in ("str", "str | null")
     quote = "; put it in quotes" if is_text and node.data is not None else ""
-    return _line(key, f"{wanted}, got {_show(node)}{quote}", node.origin)
+    return _line(place.key, f"{wanted}, got {_show(node)}{quote}", node.origin)
 
 
-def _rule(message: str, path: list[str], node: Node, tree: Node) -> str:
-    """The line of a rule that several keys break together, with the places of the keys that it names."""
-    if (named := re.match(r"(\w+): ", message)) and isinstance(node.data, dict) and named[1] in node.data:
-        path, message = [*path, named[1]], message[named.end() :]
-        node = node.data[named[1]]
+def _rule(message: str, place: Place, root: Place) -> str:
+    """The line of a rule that several keys break together, with the places of the keys that it names.
+
+    A message may begin with the key at fault, as in `plan: ` or `mlp.ratio: `.
+    """
     words = [word.strip(".") for word in re.findall(r"[\w.]+", message)]
-    found = [_find(start, word) for word in words for start in (node, tree)]
+    named, _, rest = message.partition(": ")
+    at: Place | None = place
+    for step in named.split("."):
+        at = at.below(step) if at else None
+    fault = place
+    if rest and at and at.field:  # then only a dotted word means another key: `tokens` may be prose
+        words = [named, *(word for word in words if "." in word)]
+        fault, message = at, rest
+    found = [_find(place.node, word) for word in words] + [_find(root.node, word) for word in words if "." in word]
     origins = dict.fromkeys(f.origin for f in found if f is not None)
-    return _line(".".join(path), message, ", ".join([*origins][:3]) or node.origin)
+    return _line(fault.key, message, ", ".join([*origins][:3]) or place.node.origin)
 
 
 def _find(node: Node, dotted: str) -> Node | None:
@@ -434,29 +516,38 @@ def _find(node: Node, dotted: str) -> Node | None:
     return node
 
 
-def _unknown(path: list[str], tree: Node, root: FieldInfo) -> str:
+def _unknown(place: Place, root: Place) -> str:
     """What to say of a key that the schema does not have: the nearest one that it has."""
-    *parents, leaf = path
+    *parents, leaf = place.path
     if "." in leaf:
         return "unknown key; dotted keys are for overrides: in a file, nest them"
-    node, field = tree, root
-    for step in parents:
-        field, node = _child(field, node.data, step), node.data[step]
-    assert field is not None
+    if leaf.isdecimal():
+        return "unknown key; the items of a list cannot be set one by one: write the whole list"
+    assert place.above is not None and place.above.field is not None and root.field is not None
+    node, field = place.above.node, place.above.field
     section = _section(field, node.data)
     siblings = list(section.model_fields) if section else []
-    for other in _sections(field):
-        if leaf in other.model_fields:
-            kinds = " or ".join(_kinds(other))
-            return f"unknown key for kind {node.data[KIND].data}; it belongs to kind {kinds}"
+    if kinds := [kind for other in _sections(field) if leaf in other.model_fields for kind in _kinds(other)]:
+        return f"unknown key for kind {node.data[KIND].data}; it belongs to kind {' or '.join(kinds)}"
     if near := difflib.get_close_matches(leaf, siblings, 1, cutoff=0.65):
         return f"unknown key; did you mean {'.'.join([*parents, *near])}?"
     elsewhere: dict[str, list[str]] = {}
-    for key, _ in _leaves(root):
+    for key in [key for group in _groups(root.field, {}) for key, _ in group.leaves]:
         elsewhere.setdefault(key.rpartition(".")[2], []).append(key)
     if near := difflib.get_close_matches(leaf, elsewhere, 1, cutoff=0.8):
-        return f"unknown key; did you mean {' or '.join(dict.fromkeys(elsewhere[near[0]]))}?"
+        keys = dict.fromkeys(elsewhere[near[0]])
+        nearest = min(key.count(".") for key in keys)
+        return f"unknown key; did you mean {' or '.join(key for key in keys if key.count('.') == nearest)}?"
     return f"unknown key; the keys here are {', '.join(siblings)}"
+
+
+def _unknown_kind(kind: Node, field: FieldInfo) -> str:
+    """What to say of a kind that a union does not have, or of one that is missing (an empty mapping)."""
+    kinds = _all_kinds(field)
+    if kind.data == {}:
+        return f"is required (one of {', '.join(kinds)})"
+    near = difflib.get_close_matches(str(kind.data), kinds, 1, cutoff=0.65)
+    return f"should be one of {', '.join(kinds)}, got {_show(kind)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 # --- wording ---------------------------------------------------------------------------------------------------------
@@ -488,11 +579,15 @@ def _bounds(field: FieldInfo) -> dict[str, float]:
     return {name: getattr(m, name) for name in ("gt", "ge", "lt", "le") for m in field.metadata if hasattr(m, name)}
 
 
-def _prose(field: FieldInfo) -> str:
-    """What a field accepts, as the end of a sentence: `a whole number greater than 0`."""
+def _prose(field: FieldInfo, brief: bool = False) -> str:
+    """What a field accepts, as the end of a sentence: `a whole number greater than 0`. `brief` names no kinds."""
     kinds = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
     variants, annotation = _variants(field), field.annotation
-    if len(variants) > 1 and len(_sections(field)) < 2:
+    if len(_sections(field)) > 1:
+        null = "null, " * (NoneType in [variant.annotation for variant in variants])
+        forms = "a mapping of keys" + ", a list" * (ANY in _namesakes(field))
+        return f"{null}{forms} or {'a kind' if brief else 'one of ' + ', '.join(_all_kinds(field))}"
+    if len(variants) > 1:
         return " or ".join(_prose(variant) for variant in variants)
     if annotation in kinds:
         return kinds[annotation] + _bounds_prose(_bounds(field))
@@ -501,7 +596,8 @@ def _prose(field: FieldInfo) -> str:
         case origin if origin is Literal:
             return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
         case origin if origin is list or (origin is tuple and args[-1] is ...):
-            return f"a list of values, each {_prose(FieldInfo.from_annotation(args[0]))}"
+            least = next((f"{m.min_length} or more " for m in field.metadata if hasattr(m, "min_length")), "")
+            return f"a list of {least}values, each {_prose(FieldInfo.from_annotation(args[0]), brief=True)}"
         case origin if origin is tuple:
             return f"a list of {len(args)} values, each {_prose(FieldInfo.from_annotation(args[0]))}"
     return "a mapping of keys"
@@ -514,12 +610,15 @@ def _bounds_prose(bounds: dict[str, float]) -> str:
     return " and".join(f" {words[name]} {bound:g}" for name, bound in bounds.items())
 
 
-def _type(field: FieldInfo, bounded: bool = True) -> str:
+def _type(field: FieldInfo, homes: Homes | None = None, bounded: bool = True) -> str:
     """What a field accepts, in short: `int > 0`, `spatial | temporal`, `[int, int, int]`, `float in [0, 1]`."""
     kinds = {int: "int", float: "float", str: "str", bool: "true | false", NoneType: "null"}
     variants, annotation = _variants(field), field.annotation
+    if len(_sections(field)) > 1:
+        home = (homes or {}).get(tuple(_sections(field)), "mapping")
+        return home.removesuffix(".NAME").rpartition(".")[2]
     if len(variants) > 1:
-        return " | ".join(_type(variant, bounded) for variant in variants)
+        return " | ".join(_type(variant, homes, bounded) for variant in variants)
     if annotation in kinds:
         bounds = _bounds(field) if bounded else {}
         if bounds.keys() == {"ge", "le"}:
@@ -530,20 +629,38 @@ def _type(field: FieldInfo, bounded: bool = True) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, args))
     if get_origin(annotation) in (list, tuple):
-        names = ["..." if arg is ... else _type(FieldInfo.from_annotation(arg), False) for arg in args]
+        names = ["..." if arg is ... else _type(FieldInfo.from_annotation(arg), homes, False) for arg in args]
         return f"[{', '.join(names + ['...'] * (get_origin(annotation) is list))}]"
     return "mapping"
 
 
+def _forms(key: str, field: FieldInfo, homes: Homes) -> str:
+    """The ways to write a member of a union, where it is described; elsewhere a reference."""
+    inner = _innermost(field)
+    home = homes[tuple(_sections(inner))]
+    forms = ["KIND", "{kind: KIND, ...}"] if key == home else [f"as {home}"]
+    for kind, child in _namesakes(inner).items() if key == home else ():
+        forms.append(_type(child, homes) if kind == ANY else f"{{{kind}: {_type(child, homes)}}}")
+    null = NoneType in [variant.annotation for variant in _variants(inner)]
+    return " | ".join(forms + ["null"] * null)
+
+
 def help_text(schema: type[BaseModel]) -> str:
     """Every key of the tree with its type, default and meaning, section by section, in 120 columns."""
-    groups = list(_groups(FieldInfo.from_annotation(schema)))
-    return "\n\n".join("\n".join([heading, *_rows(leaves)]) for heading, leaves in groups) + "\n"
+    homes: Homes = {}
+    groups = list(_groups(FieldInfo.from_annotation(schema), homes))
+    return "\n\n".join("\n".join([*_head(group), *_rows(group.leaves, homes)]) for group in groups) + "\n"
 
 
-def _rows(leaves: list[tuple[str, FieldInfo]]) -> Iterator[str]:
+def _head(group: Group) -> list[str]:
+    meaning = textwrap.wrap(group.meaning, 114, break_on_hyphens=False)
+    return [line for line in (group.heading, *("    " + line for line in meaning)) if line]
+
+
+def _rows(leaves: list[tuple[str, FieldInfo]], homes: Homes) -> Iterator[str]:
     """A section's keys in three columns: key, type = default, meaning. A long type pushes the meaning down a line."""
-    facts = [f"{_type(field)}{_default(field)}" for _, field in leaves]
+    types = [_forms(k, f, homes) if _sections(_innermost(f)) else _type(f, homes) for k, f in leaves]
+    facts = [f"{kind}{_default(field)}" for kind, (_, field) in zip(types, leaves, strict=True)]
     wide = max(len(key) for key, _ in leaves)
     typed = max((len(fact) for fact in facts if len(fact) <= 36), default=36)
     margin = " " * (wide + typed + 6)
@@ -560,6 +677,9 @@ def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
     if default is PydanticUndefined:
         return ", required"
+    if isinstance(default, BaseModel):  # the member of a union, short where it can be
+        kind, keys = getattr(default, KIND), default.model_dump(mode="json", exclude_defaults=True)
+        default = {KIND: kind, **keys} if keys else kind
     return f" = {_word(default)}"
 
 
@@ -567,29 +687,59 @@ def _default(field: FieldInfo) -> str:
 
 
 class _Representer(SafeRepresenter):
-    """Plain YAML: lists of numbers on one line, the keys in the order of the schema, no anchors."""
+    """Plain YAML in the order of the schema, no anchors. On one line: lists of numbers, and sections within lists."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_list(self, data: list) -> Any:
-        flow = all(isinstance(item, int | float) for item in data)
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+        flow = all(isinstance(item, int | float | list) and not _holds_sections(item) for item in data)
+        node = self.represent_sequence(f"{TAG}seq", data, flow_style=flow)
+        for item, written in zip(data, node.value, strict=True):
+            if isinstance(item, dict) and not any(map(_holds_sections, item.values())):
+                written.flow_style = True
+        return node
 
 
 _Representer.add_representer(list, _Representer.represent_list)
 
 
+def _holds_sections(value: Any) -> bool:
+    """Whether a value is a mapping, or a list with one in it at any depth."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_holds_sections, value)))
+
+
 def dump(config: BaseModel) -> str:
-    """The whole config as YAML, every key written; `load` reads it back to an equal object."""
+    """The whole config as YAML, every key written, short where that says all; `load` reads it back to an equal object."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 120
     text = StringIO()
-    yaml.dump(config.model_dump(mode="json"), text)
+    yaml.dump(_short_form(config, FieldInfo.from_annotation(type(config))), text)
     return text.getvalue()
+
+
+def _short_form(value: Any, field: FieldInfo) -> Any:
+    """A value as a file has it: a member of a union without keys is its bare kind, and that of kind `any` a list."""
+
+    def inner(key: str | int) -> FieldInfo:
+        return _child(field, value, key) or FieldInfo.from_annotation(type(None))
+
+    match value:
+        case BaseModel():
+            keys = {name: _short_form(getattr(value, name), child) for name, child in type(value).model_fields.items()}
+            if len(_sections(field)) > 1 and list(keys) == [KIND]:
+                return keys[KIND]
+            if len(_sections(field)) > 1 and keys.keys() == {KIND, ANY} and keys[KIND] == ANY:
+                return keys[ANY]
+            return keys
+        case Mapping():
+            return {key: _short_form(child, inner(key)) for key, child in value.items()}
+        case list() | tuple():
+            return [_short_form(child, inner(i)) for i, child in enumerate(value)]
+    return value
 
 
 def differences(old: BaseModel | Mapping, new: BaseModel | Mapping) -> list[str]:
@@ -607,12 +757,11 @@ def _word(value: Any) -> str:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values; a list is one value."""
+    """Dotted keys to values; a list is one value, unless it holds sections."""
     tree = tree.model_dump(mode="json") if isinstance(tree, BaseModel) else tree
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, BaseModel | Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value)) if _holds_sections(list(value)) else list(value)
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, BaseModel | Mapping) else {f"{prefix}{key}": value}
     return flat

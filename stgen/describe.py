@@ -8,14 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stgen import build, codec, flops, schema
 from stgen.build import Parts
 from stgen.flops import readable
+from stgen.ops.cost import Work
 from stgen.tokens import Grid, grid_of
 
 PRECISION = {"no": "in float32", "bf16": "products in bfloat16"}
 
 
-def describe(
-    cfg: schema.Config, parts: Parts, grid: Grid, step_flops: int, device: torch.device, data: str = ""
-) -> str:
+def describe(cfg: schema.Config, parts: Parts, grid: Grid, work: Work, device: torch.device, data: str = "") -> str:
     """A few lines: model, tokens, FLOPs, batch, device, data."""
     train, model = cfg.train, cfg.model
     limit = (
@@ -29,11 +28,12 @@ def describe(
     if train.gradient_accumulation_steps > 1:
         batch += f" in {train.gradient_accumulation_steps} parts"
     clip = f"{cfg.data.num_frames} frames of {cfg.data.height}x{cfg.data.width}"
+    sparse = "" if work.executed == work.dense else f" ({readable(work.dense, 'FLOP')} if every layer attended densely)"
     rows = {
         "model": f"{readable(flops.trainable(parts.trained))} parameters, width {model.width}, {model.depth} layers, "
         f'{model.heads} heads, plan "{model.plan}"',
         "tokens": f"{grid.tokens} a clip ({grid}), from {clip}",
-        "work": f"{readable(step_flops, 'FLOP')} a step of {batch}, {PRECISION[train.mixed_precision]}, for {limit}",
+        "work": f"{readable(work.executed, 'FLOP')} a step of {batch}{sparse}, {PRECISION[train.mixed_precision]}, for {limit}",
         "device": f"{device.type} ({torch.get_num_threads()} threads)"
         if device.type == "cpu"
         else torch.cuda.get_device_name(),
@@ -52,12 +52,12 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
     grid = grid_of(tuple(shape[1:]), cfg.tokens.patch_size)
     length = min(cfg.text.max_length, 1 + max((len(c.split()) for c in captions), default=0))
     part = cfg.train.train_batch_size // cfg.train.gradient_accumulation_steps
+    bf16 = cfg.train.mixed_precision == "bf16"
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer = build.build_transformer(cfg, shape, text_width)
-        parts = Parts(component, text_encoder, tokenizer, transformer)
-        step = flops.step_flops(transformer, grid, length, cfg.train.train_batch_size, cfg.train.gradient_checkpointing)
-        bf16 = cfg.train.mixed_precision == "bf16"
         activations = flops.activation_bytes(transformer, shape, (length, text_width), part, bf16)
+    parts = Parts(component, text_encoder, tokenizer, transformer)
+    work = flops.step_work(transformer, grid, length, cfg.train.train_batch_size, cfg.train.gradient_checkpointing)
     state = 20 * flops.trainable(parts.trained)
     memory = (
         f"memory      about {readable(state, 'B')} of weights, gradients, moments and averages, "
@@ -67,14 +67,41 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
         _layer(i, block, layer, grid, length)
         for i, (block, layer) in enumerate(zip(transformer.blocks, cfg.model.layers, strict=True))
     ]
-    return "\n".join([describe(cfg, parts, grid, step, device), memory, "plan", *layers])
+    return "\n".join([describe(cfg, parts, grid, work, device), memory, "plan", *layers])
 
 
 def _layer(i: int, block, layer, grid: Grid, text_tokens: int) -> str:
     """One layer: its mixers, their sequences, its FLOPs on one clip."""
-    sequences = []
-    for spec in (spec for attention in block.attentions for spec in attention.specs):
-        count, length = spec.layout.sequence(grid)
-        sequences.append(f"{spec.name}: {count} sequences of {length}")
-    cost = readable(block.flops(grid, text_tokens), "FLOP")
-    return f"  {i:>3}  {layer!s:<28} {cost:>12} a clip   {'; '.join(sequences)}"
+    mixers = (mixer for attention in block.attentions for mixer in attention.mixers)
+    words = "; ".join(mixer_words(mixer, grid) for mixer in mixers)
+    cost = readable(block.work(grid, text_tokens).executed, "FLOP")
+    return f"  {i:>3}  {layer!s:<28} {cost:>12} a clip   {words}"
+
+
+def mixer_words(mixer, grid: Grid) -> str:
+    """A mixer in words: its sequences, and for each run of heads what is not plain dense softmax."""
+    use = mixer.use
+    if use.takes == "output":
+        return f"{use.name}: output of an earlier layer"
+    count, length = mixer.runs[0].layout.sequence(grid)
+    taken = f", {use.takes} of an earlier layer" if use.source is not None else ""
+    return f"{use.name}: {count} sequences of {length}{taken}{''.join(_run_words(run, grid) for run in mixer.runs)}"
+
+
+def _run_words(run, grid: Grid) -> str:
+    group, words = run.group, []
+    if group.pattern.kind != "full":
+        pairs, blocks = run.density(grid)
+        words.append(f"{pattern_words(group.pattern)} ({pairs:.0%} of pairs, {blocks:.0%} of blocks)")
+    words += [group.normaliser.kind] if group.normaliser.kind != "softmax" else []
+    words += [f"{group.sink.kind} sink"] if group.sink.kind != "none" else []
+    which = f" heads {group.first}-{group.first + group.count - 1}" if group.count < run.use.heads else ""
+    return f",{which} {', '.join(words)}" if words else ""
+
+
+def pattern_words(pattern) -> str:
+    """`local + global` for a union, `causal & local` for an intersection."""
+    if pattern.kind in ("any", "all"):
+        sign = " + " if pattern.kind == "any" else " & "
+        return "(" + sign.join(pattern_words(part) for part in getattr(pattern, pattern.kind)) + ")"
+    return pattern.kind

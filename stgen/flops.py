@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from stgen.model import VideoTransformer
+from stgen.ops.cost import Work
 from stgen.tokens import Grid
 
 
@@ -25,9 +26,9 @@ def trainable(modules: dict[str, nn.Module]) -> int:
     return sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
 
 
-def step_flops(transformer: VideoTransformer, grid: Grid, text_tokens: int, batch: int, recompute: bool) -> int:
+def step_work(transformer: VideoTransformer, grid: Grid, text_tokens: int, batch: int, recompute: bool) -> Work:
     """FLOPs of an optimiser step over `batch` clips; with gradient checkpointing the forward pass counts twice."""
-    return (4 if recompute else 3) * batch * transformer.flops(grid, text_tokens)
+    return transformer.work(grid, text_tokens) * ((4 if recompute else 3) * batch)
 
 
 def activation_bytes(

@@ -10,10 +10,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from stgen.attention import layout, plan
-from stgen.attention.attend import MixerSpec
+from stgen.attention import plan as plan_grammar
+from stgen.attention import reuse
+from stgen.attention.spec import AttentionMixer
 from stgen.blocks import Block, modulate
-from stgen.ops.cost import linear_flops
+from stgen.ops.cost import Work, linear_flops
 from stgen.tokens import Grid, grid_of, patchify, rope_tables, sincos_positions, unpatchify
 
 
@@ -32,7 +33,9 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         patch_size: latent frames, rows and columns of a token.
         width, depth, heads: channels of a token, layers, attention heads.
         plan: the arrangement of mixers over depth (`stgen.attention.plan`).
-        mixers: for each name of the plan {kind, layout, size, shift}.
+        mixers: for each name of the plan the keys of `stgen.attention.spec.AttentionMixer`; unions and intersections
+            of patterns as {kind: any, any: [...]} and {kind: all, all: [...]}.
+        registers: global tokens that every sequence of every layer sees; they are learned, and dropped at the head.
         mlp_ratio, mlp_placement: hidden width of the MLP and where it stands.
         qk_norm: RMS-normalise queries and keys.
         positions: `rope`, `sincos`, `learned` or `none`.
@@ -47,7 +50,7 @@ class VideoTransformer(ModelMixin, ConfigMixin):
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
     _skip_layerwise_casting_patterns = ["embed", "norm", "modulation"]
-    no_decay = ("position_table",)
+    no_decay = ("position_table", "register_table")
 
     @register_to_config
     def __init__(
@@ -66,6 +69,7 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         positions: str = "rope",
         text_width: int = 128,
         conditioning: str = "adaln",
+        registers: int = 0,
     ):
         super().__init__()
         self.patch_size = tuple(patch_size)
@@ -77,23 +81,29 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         self.time_embed = TimestepEmbedding(256, width)
         self.text_embed = nn.Sequential(nn.Linear(text_width, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 6 * width)
+        layers = plan_grammar.parse(plan, depth)
+        keys = {name: spec_of(name, mixers or {}) for name in plan_grammar.names(layers)}
         self.blocks = nn.ModuleList(
             Block(
                 width,
                 heads,
                 terms,
+                Grid(*grid),
                 mlp_ratio=mlp_ratio,
                 parallel_mlp=mlp_placement == "parallel",
                 cross=conditioning in ("cross", "both"),
                 qk_norm=qk_norm,
+                registers=registers,
             )
-            for terms in _assign_mixers(plan, depth, mixers or {})
+            for terms in reuse.place(layers, keys, heads)
         )
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final_proj = nn.Linear(width, patch_numbers)
         if positions == "learned":
             self.position_table = nn.Parameter(sincos_positions(Grid(*grid), width))
+        if registers:
+            self.register_table = nn.Parameter(0.02 * torch.randn(registers, width))
         # Only the modulations start at zero: with gates at 0 each layer is the identity, and the next step moves all.
         for projection in (self.modulation, self.final_modulation):
             nn.init.zeros_(projection.weight)
@@ -119,6 +129,8 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         x = self.patch_embed(patchify(hidden_states, self.patch_size))  # [B, N, C]
         x = x + self._positions(grid, x) if self.config.positions in ("sincos", "learned") else x
         rope = self._rope(grid, x.device) if self.config.positions == "rope" else None
+        if self.config.registers:
+            x = torch.cat([self.register_table.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # [B, registers + N, C]
 
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         text = self.text_embed(encoder_hidden_states)  # [B, L, C]
@@ -126,11 +138,13 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         shared = self.modulation(condition).unflatten(-1, (6, -1))  # [B, 6, C]
 
         recompute: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
+        carry: reuse.Carry = {}
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = recompute(block, x, grid, rope, shared, text, mask)
+                x, carry = recompute(block, x, grid, rope, shared, text, mask, carry)
             else:
-                x = block(x, grid, rope, shared, text, mask)
+                x, carry = block(x, grid, rope, shared, text, mask, carry)
+        x = x[:, self.config.registers :]
 
         shift, scale = self.final_modulation(condition).unsqueeze(1).chunk(2, dim=-1)  # [B, 1, C]
         x = self.final_proj(modulate(self.final_norm(x), shift, scale))
@@ -160,31 +174,27 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         return self.position_table
 
     def _rope(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-        return rope_tables(grid, self.config.width // self.config.heads, device)
+        cos, sin = rope_tables(grid, self.config.width // self.config.heads, device)
+        unturned = (self.config.registers, cos.shape[1])  # registers stand nowhere
+        return torch.cat([cos.new_ones(unturned), cos]), torch.cat([sin.new_zeros(unturned), sin])
 
-    def flops(self, grid: Grid, text_tokens: int) -> int:
+    def at_step(self, step: int) -> None:
+        """Tell the parts that change over training how many optimiser steps were made."""
+        for module in self.modules():
+            told: Any = getattr(module, "at_step", None)
+            if told is not None and module is not self:
+                told(step)
+
+    def work(self, grid: Grid, text_tokens: int) -> Work:
         """Operations of a forward pass over one clip."""
         width, patch = self.config.width, self.patch_embed.in_features
         vectors = linear_flops(1, width, 6 * width) + linear_flops(1, width, 2 * width) + linear_flops(1, 256, width)
         text = linear_flops(text_tokens, self.config.text_width, width) + linear_flops(text_tokens, width, width)
         ends = 2 * linear_flops(grid.tokens, patch, width)
-        return vectors + text + ends + sum(b.flops(grid, text_tokens) for b in self.blocks if isinstance(b, Block))
+        rest = vectors + text + ends
+        return sum((b.work(grid, text_tokens) for b in self.blocks if isinstance(b, Block)), Work(rest, rest))
 
 
-def _assign_mixers(text: str, depth: int, mixers: dict[str, dict[str, Any]]) -> list:
-    """For each layer its terms, for each term its branches, for each branch the mixers that share its heads.
-
-    A window's shift applies to every second layer that uses the mixer.
-    """
-    uses: dict[str, int] = {}
-
-    def spec(name: str) -> MixerSpec:
-        keys = mixers.get(name, {"layout": name})
-        use = uses[name] = uses.get(name, -1) + 1
-        shift = keys.get("shift", (0, 0, 0)) if use % 2 else (0, 0, 0)
-        return MixerSpec(name, layout.build(keys["layout"], keys.get("size"), shift))
-
-    return [
-        tuple(tuple(tuple(spec(name) for name in branch) for branch in term.branches) for term in layer.terms)
-        for layer in plan.parse(text, depth)
-    ]
+def spec_of(name: str, mixers: dict[str, dict[str, Any]]) -> AttentionMixer:
+    """The mixer that a plan's name stands for: as written, else the layout of that name."""
+    return AttentionMixer.model_validate(mixers.get(name, {"layout": name}))

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,17 +17,13 @@ from pydantic import (
 )
 
 from stgen.attention import plan as plan_grammar
+from stgen.attention import reuse
+from stgen.attention.pattern import Extent3D, Fraction, Remade, Section
+from stgen.attention.patterns import leaves
+from stgen.attention.patterns.causal import Causal
+from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Extent3D = tuple[PositiveInt, PositiveInt, PositiveInt]
-Offset3D = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class Run(Section):
@@ -145,30 +139,6 @@ class Tokens(Section):
     """Rotary phases on queries and keys, fixed or learned embeddings added to the tokens, or none."""
 
 
-class AttentionMixer(Section):
-    kind: Literal["attention"] = "attention"
-    """Self-attention."""
-    layout: Literal["joint", "spatial", "temporal", "height", "width", "window"] = "joint"
-    """Which tokens share a sequence."""
-    size: Extent3D | None = None
-    """Window layout: frames, rows and columns of a window, in tokens."""
-    shift: Offset3D = (0, 0, 0)
-    """Window layout: offset of the windows in every second layer that uses this mixer."""
-
-    @model_validator(mode="after")
-    def _window_keys(self):
-        if self.layout == "window" and self.size is None:
-            raise ValueError("layout window needs size: [frames, rows, columns] of a window, in tokens")
-        if self.layout != "window" and (self.size is not None or any(self.shift)):
-            raise ValueError(f"size and shift belong to layout window, not to {self.layout}")
-        if self.size is not None and any(s >= n for s, n in zip(self.shift, self.size, strict=True)):
-            raise ValueError(f"shift {list(self.shift)} must be smaller than size {list(self.size)} on every axis")
-        return self
-
-
-PLAIN_LAYOUTS = ("joint", "spatial", "temporal", "height", "width")
-
-
 class MLP(Section):
     ratio: PositiveFloat = 4.0
     """Hidden width as a multiple of the model's width."""
@@ -191,6 +161,8 @@ class Model(Section):
     """The feed-forward network of a layer."""
     qk_norm: bool = True
     """RMS-normalise queries and keys per head."""
+    registers: NonNegativeInt = 0
+    """Learned global tokens in every sequence of every layer: all see them and they see all; dropped at the head."""
 
     @model_validator(mode="after")
     def _plan_fits(self):
@@ -208,7 +180,27 @@ class Model(Section):
         for split in plan_grammar.splits(layers):
             if self.heads % split:
                 raise ValueError(f"plan: heads {self.heads} cannot be split evenly over {split} mixers joined by |")
+        self._check_mixers(layers)
         return self
+
+    def _check_mixers(self, layers):
+        mixers = {name: self.mixer(name) for name in self.mixer_names}
+        uses = reuse.place(layers, mixers, self.heads)
+        for use in (use for layer in uses for term in layer for branch in term for use in branch):
+            try:
+                groups = use.keys.head_groups(use.heads)
+            except ValueError as error:
+                raise ValueError(f"mixers.{use.name}.{error}") from None
+            for leaf in (leaf for group in groups for leaf in leaves(group.pattern)) if self.registers else ():
+                if isinstance(leaf, Causal):
+                    raise ValueError(
+                        f"registers: they see every frame and are seen by every frame, so causal in mixers.{use.name} "
+                        "would leak the future; write registers: 0"
+                    )
+                if isinstance(leaf, Remade):
+                    raise ValueError(
+                        f"registers: {leaf.kind} in mixers.{use.name} makes keys of a clip's own tokens; write registers: 0"
+                    )
 
     @property
     def layers(self) -> tuple[plan_grammar.Layer, ...]:

@@ -103,10 +103,10 @@ def train(cfg: schema.Config) -> dict[str, Any]:
 
         grid = grid_of(tuple(clips.latent_shape[1:]), cfg.tokens.patch_size)
         text_tokens = text.encode(parts.text_encoder, parts.tokenizer, captions[:1], cfg.text.max_length)[1].shape[1]
-        step_flops = flops.step_flops(
+        work = flops.step_work(
             parts.transformer, grid, text_tokens, cfg.train.train_batch_size, cfg.train.gradient_checkpointing
         )
-        tqdm.write(describe(cfg, parts, grid, step_flops, device, source.folder_summary(folder, train_ids, held_ids)))
+        tqdm.write(describe(cfg, parts, grid, work, device, source.folder_summary(folder, train_ids, held_ids)))
         if loaded is not None:
             tqdm.write(f"resumed from {loaded.path} at step {progress.step}")
 
@@ -139,7 +139,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
             shutil.rmtree(
                 run_dir / "final", ignore_errors=True
             )  # of the steps before; checkpoints hold the same weights
-        meter = Meter(cfg, grid.tokens, step_flops, device)
+        meter = Meter(cfg, grid.tokens, work.executed, device)
         with checkpoint.StopSignals() as stop, _progress_bar(progress) as bar:
             if progress.step == 0 and cfg.validation.steps is not None:
                 validate()
@@ -152,6 +152,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 rate = learning_rate(cfg, progress)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                parts.transformer.at_step(progress.step)
                 loss = accumulate(cfg, forward, parts, objective, batch, progress.step)
                 norm = optim.clip_and_check(names.values(), cfg.optim.max_grad_norm)
                 _refuse_nan(loss, norm, batch, progress.step, run_dir)
@@ -196,7 +197,8 @@ def train(cfg: schema.Config) -> dict[str, Any]:
             "loss": {"train": progress.smooth_loss, "held_out": progress.held_out_loss},
             **accuracy,
             "parameters": flops.trainable(parts.trained),
-            "flops_per_step": step_flops,
+            "flops_per_step": work.executed,
+            "dense_flops_per_step": work.dense,
             "rejects": len(clips.rejects),
         }
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

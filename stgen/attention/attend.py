@@ -1,79 +1,304 @@
-"""Attention over a video's tokens: project, norm, turn, fold, attend, unfold, project."""
+"""Attention over a video's tokens, as the plan's mixers say.
 
-from dataclasses import dataclass
+    out_i = sum over j in S(i) of f(s_ij) v_j / (mass_i + sink_i)
+
+One attention projects queries, keys and values, shares its heads among the mixers of a branch, and projects what they
+put out. A mixer's heads go through the rooms in turn: layout (fold), pattern (S), sink, normaliser (f, mass), layout
+(unfold). What a mixer takes from an earlier layer comes in by the carry; what later layers take goes out by it.
+"""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import pad
 
-from stgen.attention.layout import Plain, Window
-from stgen.ops.cost import attention_flops, linear_flops
-from stgen.ops.dense_attention import dense_attention
+from stgen.attention import layout, normalisers
+from stgen.attention.pattern import Remade, Setting
+from stgen.attention.patterns import AllOf
+from stgen.attention.patterns.full import Full
+from stgen.attention.reuse import Carry, Kept, Use
+from stgen.attention.selection import EVERY, Selection
+from stgen.attention.sinks import Sink
+from stgen.attention.spec import HeadGroup, Linear
+from stgen.ops.block_sparse_attention import block_sparse_attention
+from stgen.ops.cost import Work, attention_flops, linear_attention_flops, linear_flops
+from stgen.ops.dense_attention import attention_map, dense_attention
+from stgen.ops.linear_attention import linear_attention
+from stgen.ops.normaliser import Normaliser
 from stgen.ops.rms_norm import rms_norm
+from stgen.ops.support import Support
 from stgen.tokens import Grid, rotate
 
-
-@dataclass(frozen=True)
-class MixerSpec:
-    """What one mixer of a plan does with its share of the heads."""
-
-    name: str
-    layout: Plain | Window
+PROJECTED = {"none": "qkv", "support": "qkv", "kv": "q", "map": "v", "output": ""}  # by what a mixer takes
 
 
-class QKNorm(nn.Module):
-    """RMS norm of queries and keys per head, with a gain each (Henry et al. 2020; ViT-22B, arXiv:2302.05442)."""
+class HeadNorm(nn.Module):
+    """RMS norm of queries or keys per head, with a gain (Henry et al. 2020; ViT-22B, arXiv:2302.05442)."""
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.q_gain = nn.Parameter(torch.ones(head_dim))
-        self.k_gain = nn.Parameter(torch.ones(head_dim))
+        self.gain = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return rms_norm(q, self.q_gain), rms_norm(k, self.k_gain)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.gain)
+
+
+class Heads(nn.Module):
+    """Heads of a mixer that do the same. Sequences carry `registers` global tokens before their own."""
+
+    def __init__(self, use: Use, group: HeadGroup, head_dim: int, grid: Grid, registers: int):
+        super().__init__()
+        self.use, self.group, self.head_dim, self.registers = use, group, head_dim, registers
+        keys = use.keys
+        self.layout = layout.build(keys.layout, keys.size, use.shift, keys.order, keys.block)
+        setting = self.setting(grid)
+        self.sink = Sink(group.sink, group.normaliser, group.count, head_dim, weighs=use.takes != "map")
+        if self.sink.count > setting.places:
+            raise ValueError(
+                f"mixers.{use.name}.sink: {self.sink.count} tokens are more than the {setting.places} places of a "
+                f"sequence; write count: {setting.places} or less"
+            )
+        built = normalisers.build(group.normaliser, group.count, head_dim, seed=64 * use.number + group.first)
+        self.features = built if isinstance(built, normalisers.Features) else None  # of linear attention
+        self.normaliser = built if isinstance(built, Normaliser) else Normaliser()
+        self.selection = Selection(group.pattern, self.layout, setting, registers, self.sink.count)
+        self.remade: Any = group.pattern.mixer(setting) if isinstance(group.pattern, Remade) else None
+        self.is_dense = self.features is not None or isinstance(group.pattern, Full | Remade)  # keeps no support
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, support: Support | None = None
+    ) -> tuple[Tensor, Support | None]:
+        """What the heads put out for q, k, v [B, N, heads, D], in the same shape, and the support they used.
+
+        `support` is one taken from an earlier layer.
+        """
+        q, k, v = (self._fold(x, grid) for x in (q, k, v))
+        if isinstance(q, FakeTensor):
+            # A dry run has no numbers to choose by; dense attention keeps tensors of the same size for the backward.
+            return self._unfold(dense_attention(q, k, v), grid), None
+        if isinstance(self.group.pattern, Remade):
+            return self._unfold(self._remake(self.group.pattern, q, k, v, grid), grid), None
+        if self.features is not None:
+            return self._unfold(self._sum_features(self.features, q, k, v, grid), grid), None
+        support = support or self._support(q, k, grid)
+        return self._unfold(self._weigh(q, k, v, support, self._key_mask(grid, q)), grid), support
+
+    def map(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
+        """The weights themselves: [S, heads, n, m], sink tokens and then registers first among the m keys."""
+        q, k = self._fold(q, grid), self._fold(k, grid)
+        support = self._support(q, k, grid)
+        k, mask = self._with_sink(k, self.sink.k, support), self._key_mask(grid, q)
+        return attention_map(q, k, mask, support, self.normaliser, self.sink.logit(q))
+
+    def apply_map(self, weights: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """Weights, of this layer or an earlier one, on values [B, N, heads, D] -> the same shape."""
+        v = self._fold(v, grid)
+        v = self.sink.before(v, self.sink.v, weights.shape[-1] - v.shape[2])
+        return self._unfold(weights.to(v.dtype) @ v, grid)
+
+    # ------------------------------------------------------------------------------------------ from room to room
+
+    def _support(self, q: Tensor, k: Tensor, grid: Grid) -> Support | None:
+        """What folded queries and keys attend; None for every place that holds a token."""
+        if self.is_dense:
+            return None
+        front = self._front(grid)
+        return self.selection(q[:, :, front:], k[:, :, front:], grid)
+
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, support: Support | None, mask: Tensor | None) -> Tensor:
+        """q [S, heads, n, D] on k, v [S, heads, m, D] and the sink -> [S, heads, n, D]."""
+        k, v = self._with_sink(k, self.sink.k, support), self._with_sink(v, self.sink.v, support)
+        if support is None:
+            return dense_attention(q, k, v, mask, normaliser=self.normaliser, sink=self.sink.logit(q))
+        return block_sparse_attention(q, k, v, support, self.normaliser, self.sink.logit(q))
+
+    def _sum_features(self, phi: nn.Module, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """The same by sums over all keys (linear attention); under `causal` frame by frame."""
+        k, v = self._with_sink(k, self.sink.k, None), self._with_sink(v, self.sink.v, None)
+        chunk = math.prod(self.layout.extents(grid)[1:]) if isinstance(self.selection.pattern, AllOf) else None
+        mask = self._key_mask(grid, q)
+        return linear_attention(phi(q, True), phi(k, False), v, key_mask=mask, chunk=chunk, prefix=self.sink.count)
+
+    def _remake(self, pattern: Remade, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        """The same for a pattern that makes keys of its own."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, support: Support | None) -> Tensor:
+            if support is not None and self.sink.count:
+                support = support.extended(0, self.sink.count)
+            return self._weigh(q, k, v, support, None)
+
+        near = None if pattern.near is None else self.selection.fixed(pattern.near, grid, q.device)
+        return self.remade(q, k, v, self.selection.fixed(EVERY, grid, q.device), attend, near)
+
+    def _with_sink(self, x: Tensor, rows: Tensor | None, support: Support | None) -> Tensor:
+        """Keys or values with the sink's rows before them, in whole blocks where there are blocks."""
+        block = 1 if support is None else support.block[1]
+        return self.sink.before(x, rows, -(-self.sink.count // block) * block)
+
+    # ----------------------------------------------------------------------------------------------------- layout
+
+    def setting(self, grid: Grid) -> Setting:
+        tile = self.use.keys.block
+        block = math.prod(min(a, b) for a, b in zip(tile, self.layout.extents(grid), strict=True))
+        return Setting(self.group.count, self.head_dim, self.layout.sequence(grid)[1], block, tile, self.use.layer)
+
+    def _front(self, grid: Grid) -> int:
+        """Places before those of the tokens: the registers, in whole blocks where there are blocks."""
+        block = 1 if self.is_dense else self.setting(grid).block
+        return -(-self.registers // block) * block
+
+    def _fold(self, x: Tensor, grid: Grid) -> Tensor:
+        """[B, registers + N, heads, D] -> [S, heads, n, D]; every sequence sees the registers."""
+        own = self.layout.fold(x[:, self.registers :], grid)
+        if not self.registers:
+            return own
+        shared = x[:, : self.registers].transpose(1, 2).repeat_interleave(len(own) // len(x), 0)
+        return torch.cat([pad(shared, (0, 0, 0, self._front(grid) - self.registers)), own], dim=2)
+
+    def _unfold(self, x: Tensor, grid: Grid) -> Tensor:
+        """The way back; a register's outputs in the sequences of a clip are averaged."""
+        own = self.layout.unfold(x[:, :, self._front(grid) :], grid)
+        if not self.registers:
+            return own
+        shared = x[:, :, : self.registers].unflatten(0, (len(own), -1)).mean(1).transpose(1, 2)
+        return torch.cat([shared, own], dim=1)
+
+    def _key_mask(self, grid: Grid, q: Tensor) -> Tensor | None:
+        """Which keys of each sequence are there, where no support says so: [S, m]; None for all."""
+        mask = self.layout.key_mask(grid, q.device) if self.is_dense else None  # [sequences of a clip, n]
+        if mask is None:
+            return None
+        return pad(mask, (self.sink.count + self.registers, 0), value=True).repeat(len(q) // len(mask), 1)
+
+    # ------------------------------------------------------------------------------------------------------- cost
+
+    def work(self, grid: Grid) -> Work:
+        """Operations of a forward pass over one clip, as executed and as full attention in this layout would cost."""
+        sequences, setting = self.layout.sequence(grid)[0], self.setting(grid)
+        queries = setting.places + self.registers
+        dense = attention_flops(queries, queries + self.sink.count, setting.width)
+        if self.use.takes == "map":
+            executed = dense // 2  # P v alone
+        elif isinstance(self.group.pattern, Remade):
+            executed = self.group.pattern.flops(setting)
+        elif isinstance(self.group.normaliser, Linear):
+            features = self.group.normaliser.size or self.head_dim
+            executed = linear_attention_flops(
+                queries, queries + self.sink.count, features, self.head_dim, setting.heads
+            )
+        else:
+            executed = int(self.density(grid)[1] * dense)
+            executed += 0 if self.use.takes == "support" else self.selection.choosing_flops(setting)
+        return Work(sequences * executed, sequences * dense)
+
+    def density(self, grid: Grid) -> tuple[float, float]:
+        """Share of the pairs of places that is kept and of the pairs of blocks that is computed.
+
+        Exact for fixed patterns; for those chosen from the data what they are set to keep, about; for those that make
+        keys of their own, what they cost of full attention.
+        """
+        if isinstance(self.group.pattern, Remade):
+            setting = self.setting(grid)
+            share = self.group.pattern.flops(setting) / attention_flops(setting.places, setting.places, setting.width)
+            return share, share
+        if self.is_dense:
+            mask = layout.places(self.layout, grid)[1].double()  # [sequences, n]
+            return float((mask.mean(1) ** 2).mean()), 1.0
+        return self.selection.density(grid)
+
+
+class Mixer(nn.Module):
+    """One use of a mixer in the plan: its share of the heads, in runs that do the same."""
+
+    def __init__(self, use: Use, head_dim: int, grid: Grid, registers: int):
+        super().__init__()
+        self.use = use
+        runs = use.keys.head_groups(use.heads) if use.takes != "output" else []
+        self.runs: Any = nn.ModuleList(Heads(use, run, head_dim, grid, registers) for run in runs)
+
+    def forward(self, q: Any, k: Any, v: Any, grid: Grid, carry: Carry) -> tuple[Tensor, Kept]:
+        """q, k, v [B, N, heads, D], None where it needs none -> its heads' output, and what it leaves."""
+        use = self.use
+        taken: Any = None if use.source is None else carry[use.source]
+        if use.takes == "output":
+            return taken.output, Kept()
+        if use.takes == "kv":
+            k, v = taken.k, taken.v
+        outputs, maps, supports = [], [], []
+        for i, heads in enumerate(self.runs):
+            own = slice(heads.group.first, heads.group.first + heads.group.count)
+            if use.takes == "map" or "map" in use.lends:
+                maps.append(taken.maps[i] if use.takes == "map" else heads.map(q[:, :, own], k[:, :, own], grid))
+                outputs.append(heads.apply_map(maps[-1], v[:, :, own], grid))
+            else:
+                given = taken.supports[i] if use.takes == "support" else None
+                out, support = heads(*(x[:, :, own] for x in (q, k, v)), grid, given)
+                outputs.append(out)
+                supports.append(support)
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        lends, pair = use.lends, "kv" in use.lends
+        return out, Kept(
+            k=k if pair else None,
+            v=v if pair else None,
+            output=out if "output" in lends else None,
+            maps=maps if "map" in lends else [],
+            supports=supports if "support" in lends else [],
+        )
+
+    def work(self, grid: Grid) -> Work:
+        """Operations of a forward pass over one clip."""
+        return sum((heads.work(grid) for heads in self.runs), Work())
 
 
 class Attention(nn.Module):
-    """Self-attention whose heads are shared evenly by the mixers in `specs` (one mixer: all heads)."""
+    """Self-attention whose heads are shared evenly by the mixers of a branch (one mixer: all heads)."""
 
-    def __init__(self, width: int, heads: int, specs: tuple[MixerSpec, ...], qk_norm: bool = True):
+    def __init__(
+        self, width: int, heads: int, uses: tuple[Use, ...], grid: Grid, qk_norm: bool = True, registers: int = 0
+    ):
         super().__init__()
-        self.heads, self.head_dim, self.specs = heads, width // heads, specs
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.norm = QKNorm(self.head_dim) if qk_norm else None
+        head_dim = width // heads
+        self.head_dim, self.registers = head_dim, registers
+        self.mixers: Any = nn.ModuleList(Mixer(use, head_dim, grid, registers) for use in uses)
+        self.sizes = [use.heads * head_dim * len(PROJECTED[use.takes]) for use in uses]
+        projected = "".join(PROJECTED[use.takes] for use in uses)
+        self.to_qkv = nn.Linear(width, sum(self.sizes)) if projected else None
+        self.q_norm = HeadNorm(head_dim) if qk_norm and "q" in projected else None
+        self.k_norm = HeadNorm(head_dim) if qk_norm and "k" in projected else None
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, grid: Grid, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [B, N, C] -> [B, N, C]; `rope` holds the tables of `tokens.rope_tables` for this grid."""
-        qkv: Tensor = self.to_qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
-        q, k, v = qkv.unbind(2)  # [B, N, heads, D]
-        if self.norm is not None:
-            q, k = self.norm(q, k)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        share = self.heads // len(self.specs)
-        parts = [
-            self._attend(spec.layout, grid, *(y[:, :, i * share : (i + 1) * share] for y in (q, k, v)))
-            for i, spec in enumerate(self.specs)
-        ]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # [B, N, heads, D]
-        return self.to_out(out.flatten(2))
+    def forward(self, x: Tensor, grid: Grid, rope: tuple[Tensor, Tensor] | None, carry: Carry) -> tuple[Tensor, Carry]:
+        """x [B, registers + N, C] -> the same shape, and the carry with what this layer leaves for later ones.
+
+        `rope` holds the tables of `tokens.rope_tables` for the grid, with a row that turns nothing for each register.
+        """
+        parts = [x] * len(self.sizes) if self.to_qkv is None else self.to_qkv(x).split(self.sizes, dim=-1)
+        outputs = []
+        for mixer, part in zip(self.mixers, parts, strict=True):
+            names = PROJECTED[mixer.use.takes]
+            heads = part.unflatten(-1, (len(names), -1, self.head_dim)).unbind(2) if names else ()
+            given = dict(zip(names, heads, strict=True))  # each [B, registers + N, heads, D]
+            q, k = self._placed(given.get("q"), self.q_norm, rope), self._placed(given.get("k"), self.k_norm, rope)
+            out, kept = mixer(q, k, given.get("v"), grid, carry)
+            outputs.append(out)
+            carry = {**carry, mixer.use.number: kept} if mixer.use.lends else carry
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return self.to_out(out.flatten(2)), carry
 
     @staticmethod
-    def _attend(layout: Plain | Window, grid: Grid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = layout.key_mask(grid, q.device)  # [sequences of a clip, n]
-        if mask is not None:
-            mask = mask.repeat(q.shape[0], 1)
-        out = dense_attention(layout.fold(q, grid), layout.fold(k, grid), layout.fold(v, grid), mask)
-        return layout.unfold(out, grid)
+    def _placed(x: Any, norm: HeadNorm | None, rope: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        if x is not None and norm is not None:
+            x = norm(x)
+        return x if x is None or rope is None else rotate(x, rope)
 
-    def flops(self, grid: Grid) -> int:
+    def work(self, grid: Grid) -> Work:
         """Operations of a forward pass over one clip."""
-        width = self.heads * self.head_dim
-        total = linear_flops(grid.tokens, width, 3 * width) + linear_flops(grid.tokens, width, width)
-        for spec in self.specs:
-            sequences, length = spec.layout.sequence(grid)
-            total += sequences * attention_flops(length, length, width // len(self.specs))
-        return total
+        tokens, width = self.registers + grid.tokens, self.to_out.in_features
+        projections = linear_flops(tokens, width, sum(self.sizes) + width)
+        return sum((mixer.work(grid) for mixer in self.mixers), Work(projections, projections))
 
 
 class CrossAttention(nn.Module):
@@ -84,15 +309,15 @@ class CrossAttention(nn.Module):
         self.heads, self.head_dim = heads, width // heads
         self.to_q = nn.Linear(width, width)
         self.to_kv = nn.Linear(width, 2 * width)
-        self.norm = QKNorm(self.head_dim) if qk_norm else None
+        self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
         """x [B, N, C], text [B, L, C], text_mask [B, L] or None for all -> [B, N, C]."""
         q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))  # [B, N, heads, D]
         k, v = self.to_kv(text).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)  # [B, L, heads, D]
-        if self.norm is not None:
-            q, k = self.norm(q, k)
+        q, k = self.q_norm(q), self.k_norm(k)
         out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), text_mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 

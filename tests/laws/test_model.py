@@ -1,11 +1,9 @@
 """Laws of the block and the model: identity at the start, no dead weights, masks, plans, checkpointing."""
 
-import copy
-
 import pytest
 import torch
 
-from stgen.attention import plan
+from stgen.attention import layout, plan
 from stgen.model import VideoTransformer
 from stgen.tokens import Grid, coordinates, grid_of, patchify, rope_tables, rotate, sincos_positions, unpatchify
 
@@ -47,7 +45,7 @@ def test_blocks_start_as_identity_and_every_weight_moves_by_the_second_step(text
     mask = torch.ones(2, 5, dtype=torch.bool)
     shared = model.modulation(torch.randn(2, 32)).unflatten(-1, (6, -1))
     for block in model.blocks:
-        out = block(x, Grid(2, 3, 4), None, shared, torch.randn(2, 5, 32), mask)
+        out, _ = block(x, Grid(2, 3, 4), None, shared, torch.randn(2, 5, 32), mask, {})
         torch.testing.assert_close(out, x, rtol=0, atol=0)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -88,17 +86,15 @@ def test_latte_variants_have_the_parameters_that_their_plans_state():
 
 
 def test_split_heads_are_the_two_layouts_side_by_side():
-    model = trained(build("spatial|temporal", depth=1)).double()
-    attention = model.blocks[0].mixing[0].branches[0]
+    attention = trained(build("spatial|temporal", depth=1)).double().blocks[0].mixing[0].branches[0]
     x, grid = torch.randn(2, 24, 32, dtype=torch.float64), Grid(2, 3, 4)
-    out = attention(x, grid, None)
     parts = []
-    for i, name in enumerate(("spatial", "temporal")):
-        one = copy.deepcopy(attention)
-        one.specs = (attention.specs[i],)
-        assert one.specs[0].name == name
-        one.to_out = torch.nn.Identity()
-        parts.append(one(x, grid, None).unflatten(-1, (4, 8))[:, :, 2 * i : 2 * i + 2])
+    for name, projected in zip(("spatial", "temporal"), attention.to_qkv(x).chunk(2, dim=-1), strict=True):
+        q, k, v = projected.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)  # [B, heads, N, D] each
+        scores = attention.q_norm(q) @ attention.k_norm(k).transpose(-1, -2) * 8**-0.5
+        same = layout.build(name).same_sequence(grid)
+        parts.append((scores.masked_fill(~same, -torch.inf).softmax(-1) @ v).transpose(1, 2))
+    out, _ = attention(x, grid, None, {})
     torch.testing.assert_close(out, attention.to_out(torch.cat(parts, 2).flatten(2)), rtol=0, atol=1e-12)
 
 
@@ -146,7 +142,7 @@ def test_save_and_load_give_the_same_output(tmp_path):
 
 def test_shift_applies_to_every_second_layer_of_a_window():
     model = build("win", depth=4)
-    shifts = [block.mixing[0].branches[0].specs[0].layout.shift for block in model.blocks]
+    shifts = [block.attentions[0].mixers[0].runs[0].layout.shift for block in model.blocks]
     assert shifts == [(0, 0, 0), (1, 1, 1), (0, 0, 0), (1, 1, 1)]
 
 
@@ -200,12 +196,16 @@ def test_sincos_positions_are_distinct():
 def test_flops_are_counted_where_they_happen():
     """Against a count by hand: factorised attention costs 4 T N^2 C + 4 N T^2 C, joint 4 (T N)^2 C."""
     grid, c, n = Grid(2, 3, 4), 32, 12
-    outside = build("joint", depth=2).flops(grid, 5) - sum(b.flops(grid, 5) for b in build("joint", depth=2).blocks)
+
+    def flops(module):
+        return module.work(grid, 5).executed
+
+    outside = flops(build("joint", depth=2)) - sum(flops(block) for block in build("joint", depth=2).blocks)
     linear = 2 * 24 * c * (3 * c + c + 8 * c)
     joint = linear + 4 * 24 * 24 * c
     spatial, temporal = linear + 2 * 4 * n * n * c, linear + n * 4 * 2 * 2 * c
-    assert build("joint", depth=2).flops(grid, 5) - outside == 2 * joint
-    assert build("spatial temporal", depth=2).flops(grid, 5) - outside == spatial + temporal
+    assert flops(build("joint", depth=2)) - outside == 2 * joint
+    assert flops(build("spatial temporal", depth=2)) - outside == spatial + temporal
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """The config loader: every fault is one line that says which key, what is wrong and where it was written."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
-from pydantic import BaseModel, Field
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field, model_validator
 
+from stgen.attention.patterns import KINDS
 from stgen.config import ConfigError, differences, dump, help_text, load
 from stgen.schema import Config
 
@@ -27,7 +31,7 @@ def write(name: str, text: str | bytes) -> str:
     return name
 
 
-def read(text: str | bytes, *overrides: str, schema: type[BaseModel] = Config):
+def read(text: str | bytes, *overrides: str, schema: type[BaseModel] = Config) -> Any:
     return load(write("x.yaml", text), overrides, schema)
 
 
@@ -66,7 +70,13 @@ IN_FILE = {  # second line of the file -> the whole refusal
     "codec: {kind: [pca]}": 'codec.kind: should be one of pca, pixels, diffusers, got ["pca"] (x.yaml:2)',
     "codec: {kind: null}": "codec.kind: should be one of pca, pixels, diffusers, got null (x.yaml:2)",
     "codec: {kind: diffusers}": "codec.path: is required (a string) (x.yaml:2)",
-    "codec: pca": "codec: should be a mapping of keys, got 'pca' (x.yaml:2)",
+    "codec: diffusers": "codec.path: is required (a string) (x.yaml:2)",
+    "codec: pixel": "codec: should be one of pca, pixels, diffusers, got 'pixel'; did you mean pixels? (x.yaml:2)",
+    "codec: {kind: pixel}": (
+        "codec.kind: should be one of pca, pixels, diffusers, got 'pixel'; did you mean pixels? (x.yaml:2)"
+    ),
+    "codec: 3": "codec: should be a mapping of keys or one of pca, pixels, diffusers, got 3 (x.yaml:2)",
+    "codec: [pca]": 'codec: should be a mapping of keys or one of pca, pixels, diffusers, got ["pca"] (x.yaml:2)',
     "model: {width: wide}": "model.width: should be a whole number greater than 0, got 'wide' (x.yaml:2)",
     'model: {width: "64"}': "model.width: should be a whole number greater than 0, got '64' (x.yaml:2)",
     "model: {width: true}": "model.width: should be a whole number greater than 0, got true (x.yaml:2)",
@@ -101,7 +111,10 @@ IN_FILE = {  # second line of the file -> the whole refusal
         "tokens.patch_size.1: should be a whole number greater than 0, got 0 (x.yaml:2)"
     ),
     "validation: {prompts: a}": (
-        "validation.prompts: should be a list of values, each a string or null, got 'a' (x.yaml:2)"
+        "validation.prompts: should be a list of 1 or more values, each a string or null, got 'a' (x.yaml:2)"
+    ),
+    "validation: {prompts: []}": (
+        "validation.prompts: should be a list of 1 or more values, each a string or null, got [] (x.yaml:2)"
     ),
     "validation: {prompts: [a, 1]}": "validation.prompts.1: should be a string, got 1; put it in quotes (x.yaml:2)",
     "model: {mixers: {win: 3}}": "model.mixers.win: should be a mapping of keys, got 3 (x.yaml:2)",
@@ -278,6 +291,7 @@ def test_overrides():
         LIMIT + "model: {width: 96, heads: 3}\n",
         "model.width=66",
         "model.width=60",
+        "model.plan=win spatial",
         "tokens.patch_size=[1, 2, 2]",
         "model.mixers.win={layout: window, size: [1, 2, 2]}",
         "model.mixers.win.shift=[0, 1, 1]",
@@ -350,6 +364,232 @@ def test_choosing_the_same_section_keeps_its_keys():
     assert (text.kind, text.width) == ("bytes", 32)
 
 
+# --- short forms of unions -------------------------------------------------------------------------------------------
+
+PATTERN = "model.mixers.temporal.pattern"
+KIND_LIST = ", ".join(KINDS)
+WITH_RADIUS = " or ".join(kind for kind, keys in KINDS.items() if "radius" in keys.model_fields)
+FORMS = f"a mapping of keys, a list or one of {KIND_LIST}"
+PER_AXIS = "a whole number of at least 0 or a list of 3 values, each a whole number of at least 0"
+
+
+def mixer(text: str) -> str:
+    """A config whose mixer `temporal` has the keys in `text`, which begins on the fifth line."""
+    lines = "".join(f"      {line}\n" for line in text.splitlines())
+    return f"{LIMIT}model:\n  mixers:\n    temporal:\n{lines}      layout: temporal\n"
+
+
+def pattern(text: str, *overrides: str):
+    """The pattern of the mixer, as plain data."""
+    return read(mixer(text), *overrides).model.mixers["temporal"].pattern.model_dump(mode="json")
+
+
+FULL, CAUSAL = {"kind": "full"}, {"kind": "causal"}
+
+
+def local(radius):
+    return {"kind": "local", "radius": radius, "border": "cut"}
+
+
+@pytest.mark.parametrize(
+    "text, meant",
+    {
+        "full": FULL,
+        "[full]": {"kind": "any", "any": [FULL]},
+        "{any: [full]}": {"kind": "any", "any": [FULL]},
+        "{all: [full, causal]}": {"kind": "all", "all": [FULL, CAUSAL]},
+        "[{kind: local, radius: 2}, causal]": {"kind": "any", "any": [local(2), CAUSAL]},
+        "{kind: all, all: [[full, {all: [causal]}], {kind: local, radius: [1, 2, 3]}]}": {
+            "kind": "all",
+            "all": [{"kind": "any", "any": [FULL, {"kind": "all", "all": [CAUSAL]}]}, local([1, 2, 3])],
+        },
+    }.items(),
+)
+def test_short_forms_in_a_file_and_in_an_override(text, meant):
+    assert pattern(f"pattern: {text}") == meant
+    assert pattern("", f"{PATTERN}={text}") == meant
+    write("base.yaml", mixer(f"pattern: {text}"))
+    assert read("extends: base.yaml").model.mixers["temporal"].pattern.model_dump(mode="json") == meant
+
+
+def test_short_forms_of_other_unions():
+    assert read(LIMIT + "codec: pixels\ntext: bytes\n").codec.kind == "pixels"
+    assert read(LIMIT, "text=bytes").text.kind == "bytes"
+    heads = (
+        read(mixer('heads: {"0": {pattern: [full], sink: logit}, "1": {pattern: null}}')).model.mixers["temporal"].heads
+    )
+    assert heads["0"].pattern.model_dump(mode="json") == {"kind": "any", "any": [FULL]}
+    assert (heads["0"].sink.kind, heads["0"].normaliser, heads["1"].pattern) == ("logit", None, None)
+
+
+OVER = {  # pattern of the base, pattern of the layer above it -> what the two mean
+    ("{kind: local, radius: 2, border: clamp}", "{radius: 3}"): {"kind": "local", "radius": 3, "border": "clamp"},
+    ("{kind: local, radius: 2}", "full"): FULL,
+    ("local", "{radius: 3}"): local(3),
+    ("{kind: local, radius: 2}", "local"): local(2),  # the bare kind is no more than {kind: local}
+    ("{kind: local, radius: 2}", "[causal]"): {"kind": "any", "any": [CAUSAL]},
+    ("{kind: local, radius: 2}", "{all: [causal]}"): {"kind": "all", "all": [CAUSAL]},
+    ("full", "{kind: local, radius: 3}"): local(3),
+    ("[full, causal]", "[causal]"): {"kind": "any", "any": [CAUSAL]},
+    ("[full, causal]", "{all: [causal]}"): {"kind": "all", "all": [CAUSAL]},
+    ("{all: [full]}", "{all: [causal]}"): {"kind": "all", "all": [CAUSAL]},
+    ("{all: [full]}", "full"): FULL,
+}
+
+
+@pytest.mark.parametrize("base, layer", OVER)
+def test_short_forms_over_one_another(base, layer):
+    write("base.yaml", mixer(f"pattern: {base}"))
+    above = read(f"extends: base.yaml\nmodel: {{mixers: {{temporal: {{pattern: {layer}}}}}}}\n")
+    assert above.model.mixers["temporal"].pattern.model_dump(mode="json") == OVER[base, layer]
+    assert pattern(f"pattern: {base}", f"{PATTERN}={layer}") == OVER[base, layer]
+
+
+def test_overrides_of_one_pattern_come_in_any_order():
+    for overrides in ([f"{PATTERN}=local", f"{PATTERN}.radius=3"], [f"{PATTERN}.radius=3", f"{PATTERN}=local"]):
+        assert pattern("pattern: [full]", *overrides) == local(3)
+    heads = 'heads: {"0": {pattern: {radius: 3}}}'  # no default to be of another kind
+    completed = read(mixer(heads), "model.mixers.temporal.heads.0.pattern=local").model.mixers["temporal"]
+    assert completed.heads["0"].pattern.model_dump(mode="json") == local(3)
+    assert pattern("", f"{PATTERN}={{kind: local, radius: 2}}", f"{PATTERN}=[causal]", f"{PATTERN}=full") == FULL
+
+
+IN_PATTERN = {  # pattern, which begins on the fifth line -> the whole refusal
+    "locl": f": should be one of {KIND_LIST}, got 'locl'; did you mean local? (x.yaml:5)",
+    "{kind: locl}": f".kind: should be one of {KIND_LIST}, got 'locl'; did you mean local? (x.yaml:5)",
+    "zzz": f": should be one of {KIND_LIST}, got 'zzz' (x.yaml:5)",
+    "local": f".radius: is required ({PER_AXIS}) (x.yaml:5)",
+    "3": f": should be {FORMS}, got 3 (x.yaml:5)",
+    "null": f": should be {FORMS}, got null (x.yaml:5)",
+    "[]": ": should be a list of 1 or more values, each a mapping of keys, a list or a kind, got [] (x.yaml:5)",
+    "any": ".any: is required (a list of 1 or more values, each a mapping of keys, a list or a kind) (x.yaml:5)",
+    "{all: full}": (
+        ".all: should be a list of 1 or more values, each a mapping of keys, a list or a kind, got 'full' (x.yaml:5)"
+    ),
+    "{radius: 3}": f".radius: unknown key for kind full; it belongs to kind {WITH_RADIUS} (x.yaml:5)",
+    "{al: [full]}": ".al: unknown key; did you mean model.mixers.NAME.pattern.all? (x.yaml:5)",
+    "\n- full\n- local": f".1.radius: is required ({PER_AXIS}) (x.yaml:7)",
+    "\n- {kind: local,\n   radius: x}": f".0.radius: should be {PER_AXIS}, got 'x' (x.yaml:7)",
+    "\n- full\n- {kind: local, radius: 1, bordr: cut}": (
+        f".1.bordr: unknown key; did you mean {PATTERN}.1.border? (x.yaml:7)"
+    ),
+    "\n- {radius: 3}": f".0.kind: is required (one of {KIND_LIST}) (x.yaml:6)",
+    "\n- {}": f".0.kind: is required (one of {KIND_LIST}) (x.yaml:6)",
+    "\n- full\n-\n  - causl": f".1.0: should be one of {KIND_LIST}, got 'causl'; did you mean causal? (x.yaml:8)",
+    "\n- full\n- all:\n  - full\n  - 3": f".1.all.1: should be {FORMS}, got 3 (x.yaml:9)",
+    "\n- full\n-": f".1: should be {FORMS}, got null (x.yaml:7)",
+}
+
+
+@pytest.mark.parametrize("text", IN_PATTERN)
+def test_a_fault_in_a_pattern_is_told_where_the_user_wrote_it(text):
+    block = "pattern:" + text.replace("\n", "\n  ") if text.startswith("\n") else f"pattern: {text}"
+    assert faults(mixer(block)) == [PATTERN + IN_PATTERN[text]]
+
+
+def test_a_fault_in_the_pattern_of_an_override():
+    override = f"{PATTERN}=[full, locl]"
+    assert faults(mixer(""), override) == [
+        f"{PATTERN}.1: should be one of {KIND_LIST}, got 'locl'; did you mean local? (override {override})"
+    ]
+    assert faults(mixer("pattern: [full]"), f"{PATTERN}.0=causal") == [
+        f"{PATTERN}.0: unknown key; the items of a list cannot be set one by one: write the whole list "
+        f"(override {PATTERN}.0=causal)"
+    ]
+
+
+def test_a_fault_in_the_pattern_of_some_heads():
+    heads = "model.mixers.temporal.heads.0-1"
+    assert faults(mixer('heads:\n  "0-1":\n    sink: logi\n    pattern: 3\n    normaliser: [relu]')) == [
+        f"{heads}.pattern: should be null, {FORMS}, got 3 (x.yaml:8)",
+        f"{heads}.normaliser: should be null, a mapping of keys or one of softmax, off_by_one, relu, relu2, poly, linear, "
+        'got ["relu"] (x.yaml:9)',
+        f"{heads}.sink: should be one of none, logit, tokens, got 'logi'; did you mean logit? (x.yaml:7)",
+    ]
+    assert faults(mixer('heads:\n  "0-1": {pattern: {radius: 3}}')) == [
+        f"{heads}.pattern.kind: is required (one of {KIND_LIST}) (x.yaml:6)"
+    ]
+
+
+def test_a_rule_is_told_at_the_key_that_it_names():
+    class Leaf(BaseModel, extra="forbid"):
+        size: int = 1
+
+    class Branch(BaseModel, extra="forbid"):
+        leaves: dict[str, Leaf] = {}
+        tokens: int = 0
+        order: str = ""
+        rule: str = ""
+
+        @model_validator(mode="after")
+        def _breaks(self):
+            raise ValueError(self.rule)
+
+    class Tree(BaseModel, extra="forbid"):
+        tokens: int = 0
+        branch: Branch = Branch.model_construct()
+
+    def told(rule: str) -> str:
+        text = f"tokens: 1\nbranch:\n  leaves:\n    0-1:\n      size: 3\n  order: tile\n  rule: '{rule}'\n"
+        (line,) = faults(text, schema=Tree)
+        return line
+
+    assert told("order: not of tokens.") == "branch.order: not of tokens. (x.yaml:6)"  # the words are prose here
+    assert told("order: not of leaves") == "branch.order: not of leaves (x.yaml:6)"
+    assert told("order: not with branch.rule") == "branch.order: not with branch.rule (x.yaml:6, x.yaml:7)"
+    assert told("leaves.0-1.size: too large") == "branch.leaves.0-1.size: too large (x.yaml:5)"
+    assert told("leaves.0-1: too large") == "branch.leaves.0-1: too large (x.yaml:4)"
+    assert told("tokens: too few") == "branch.tokens: too few (x.yaml:2)"
+    assert told("order and rule: no") == "branch: order and rule: no (x.yaml:6, x.yaml:7)"
+    assert told("no") == "branch: no (x.yaml:2)"
+
+
+def test_the_rules_of_a_mixer_are_told_at_its_keys():
+    lines = faults(mixer("normaliser: relu\npattern:\n  - full\nsink:\n  kind: logit"))
+    assert [line.split(":")[0] for line in lines] == ["model.mixers.temporal.sink"]
+    assert lines[0].endswith(" (x.yaml:8)")
+    lines = faults(mixer('heads:\n  "a": {}'))
+    assert [line.split(":")[0] for line in lines] == ["model.mixers.temporal.heads"]
+    assert lines[0].endswith(" (x.yaml:5)")
+
+
+def lengthened(value):
+    """A pattern in its long form."""
+    match value:
+        case str():
+            return {"kind": value}
+        case list():
+            return {"kind": "any", "any": [lengthened(item) for item in value]}
+        case {"all": items}:
+            return {"kind": "all", "all": [lengthened(item) for item in items]}
+    return value
+
+
+singles = st.sampled_from(["full", "causal", {"kind": "full"}, local(0), local([1, 0, 2])])
+patterns = st.recursive(
+    singles, lambda inner: st.one_of(lists := st.lists(inner, min_size=1, max_size=3), lists.map(lambda i: {"all": i}))
+)
+
+
+@given(own=patterns, of_a_head=patterns)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_pattern_is_read_short_or_long_and_dumped(own, of_a_head):
+    def written(own, of_a_head) -> str:
+        return mixer(f"pattern: {json.dumps(own)}\nheads: {{'1': {{pattern: {json.dumps(of_a_head)}}}}}")
+
+    config = read(written(own, of_a_head))
+    assert read(written(lengthened(own), lengthened(of_a_head))) == config
+    assert config.model.mixers["temporal"].pattern.model_dump(mode="json") == lengthened(own)
+    assert read(dump(config)) == config
+
+
+def test_a_pattern_as_deep_as_a_file_may_be_is_dumped_as_deep():
+    config = read(mixer(f"pattern: {'[' * 46}full{']' * 46}"))
+    assert read(dump(config)) == config
+    (line,) = faults(mixer(f"pattern: {'[' * 47}full{']' * 47}"))
+    assert line.endswith(": nested too deep (x.yaml:5)")
+
+
 # --- faces of the loader ---------------------------------------------------------------------------------------------
 
 NASTY = [
@@ -393,17 +633,27 @@ def test_a_dump_writes_every_key_in_order():
     assert "\n  max_train_seconds: null\n" in text
 
 
-def schema_leaves(annotation, prefix: str = "") -> list[str]:
-    """Every key below an annotation, walked without the loader's help."""
+def members(annotation) -> list[type[BaseModel]]:
+    """The sections of a union, or the section alone."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        fields = annotation.model_fields.items()
-        return [leaf for key, field in fields for leaf in schema_leaves(field.annotation, f"{prefix}.{key}")]
+        return [annotation]
+    if get_origin(annotation) in (list, tuple, dict):
+        return []
+    return [member for arg in get_args(annotation) for member in members(arg)]
+
+
+def schema_leaves(annotation, prefix: str = "", met: list | None = None) -> list[str]:
+    """Every key below an annotation, walked without the loader's help: a union where it is met, its members once."""
+    met = [] if met is None else met
     if get_origin(annotation) is dict:
-        return schema_leaves(get_args(annotation)[1], f"{prefix}.NAME")
-    below = [
-        leaf for arg in get_args(annotation) if hasattr(arg, "model_fields") for leaf in schema_leaves(arg, prefix)
-    ]
-    return below or [prefix.lstrip(".")]
+        return schema_leaves(get_args(annotation)[1], f"{prefix}.NAME", met)
+    sections = members(annotation)
+    own = [] if len(sections) == 1 else [prefix.lstrip(".")]
+    if len(sections) > 1 and sections in met:
+        return own
+    met.append(sections)
+    fields = [field for section in sections for field in section.model_fields.items()]
+    return own + [leaf for key, field in fields for leaf in schema_leaves(field.annotation, f"{prefix}.{key}", met)]
 
 
 def test_help_lists_every_key_with_its_meaning():
@@ -424,6 +674,38 @@ def test_help_lists_every_key_with_its_meaning():
     assert any(row.startswith("data.fps float > 0 | null = null ") for row in rows)
 
 
+def test_help_tells_a_union_once_and_refers_to_it():
+    lines = help_text(Config).splitlines()
+    rows = [" ".join(line.split()) for line in lines]
+    pattern = "model.mixers.NAME.pattern"
+    assert f"{pattern} KIND | {{kind: KIND, ...}} | [pattern, ...] | {{all: [pattern, ...]}} = full" in rows
+    assert f"{pattern}.any [pattern, ...], required The patterns to unite." in rows
+    assert "model.mixers.NAME.sink KIND | {kind: KIND, ...} = none Mass that goes to no token." in rows
+    assert [lines.count(f"{pattern} (kind: {kind})") for kind in KINDS] == [1] * len(KINDS)
+    assert f"model.mixers.NAME.heads.NAME.pattern as {pattern} | null = null" in rows
+    assert not any(row.startswith("model.mixers.NAME.heads.NAME.pattern.") for row in rows)
+    heads = lines.index("model.mixers.NAME.heads.NAME")
+    assert lines[heads + 1].startswith("    Heads that differ")
+
+
+def test_a_dump_is_short():
+    text = dump(
+        read(mixer("pattern:\n- {kind: local, radius: [1, 2, 3]}\n- all: [causal, [{kind: local, radius: 1}]]"))
+    )
+    assert (
+        "      pattern:\n"
+        "      - {kind: local, radius: [1, 2, 3], border: cut}\n"
+        "      - kind: all\n"
+        "        all:\n"
+        "        - causal\n"
+        "        - - {kind: local, radius: 1, border: cut}\n"
+        "      normaliser: softmax\n"
+        "      sink: none\n"
+    ) in text
+    text = dump(read(mixer("pattern: [full, {all: [causal, full]}]")))
+    assert "      pattern:\n      - full\n      - {kind: all, all: [causal, full]}\n" in text
+
+
 def test_differences():
     old = read(LIMIT)
     new = read(LIMIT, "optim.learning_rate=3e-3", "log.name=a", "tokens.patch_size=[1, 2, 2]", "codec.kind=pixels")
@@ -438,6 +720,14 @@ def test_differences():
         "log.name: null -> a",
     ]
     assert differences(old.model_dump(), old) == []
+    lists = [read(mixer(f"pattern: [{{kind: local, radius: {r}}}, causal]")) for r in (1, 2)]
+    assert differences(*lists) == [f"{PATTERN}.any.0.radius: 1 -> 2"]
+    assert differences(lists[0], read(mixer("pattern: [full]"))) == [
+        f"{PATTERN}.any.0.kind: local -> full",
+        f"{PATTERN}.any.0.radius: 1 -> absent",
+        f"{PATTERN}.any.0.border: cut -> absent",
+        f"{PATTERN}.any.1.kind: causal -> absent",
+    ]
     assert differences({"a": {"b": (1, 2)}}, {"a": {"b": [1, 2], "c": None}}) == ["a.c: absent -> null"]
 
 
@@ -458,6 +748,49 @@ def test_the_loader_knows_no_field():
     ]
     assert faults("amount: 1.5", schema=Tree) == ["amount: should be a string or a whole number, got 1.5 (x.yaml:1)"]
     assert " ".join(help_text(Tree).split()) == "amount str | int = all leaf leaf.size int in [1, 9] = 3 How big."
+
+
+def test_the_loader_knows_no_union():
+    class Leaf(BaseModel, extra="forbid"):
+        kind: Literal["leaf"] = "leaf"
+        note: str = ""
+
+    class Twig(BaseModel, extra="forbid"):
+        kind: Literal["twig"] = "twig"
+        any: "Annotated[Leaf | Twig, Field(discriminator='kind')]"
+
+    class Pair(BaseModel, extra="forbid"):
+        kind: Literal["pair"] = "pair"
+        pair: tuple[Annotated[Leaf | Twig, Field(discriminator="kind")], int]
+
+    Twig.model_rebuild(_types_namespace={"Leaf": Leaf, "Twig": Twig})
+
+    class Tree(BaseModel, extra="forbid"):
+        trees: dict[str, Annotated[Leaf | Twig | Pair, Field(discriminator="kind")]] = {}
+        notes: list[Annotated[Leaf | Twig, Field(discriminator="kind")]] = []
+
+    text = "trees: {a: leaf, b: {kind: twig, any: leaf}, c: {pair: [{kind: twig, any: leaf}, 3]}}\nnotes: [leaf]\n"
+    tree = read(text, schema=Tree)
+    assert tree.model_dump(mode="json") == {
+        "trees": {
+            "a": {"kind": "leaf", "note": ""},
+            "b": {"kind": "twig", "any": {"kind": "leaf", "note": ""}},
+            "c": {"kind": "pair", "pair": [{"kind": "twig", "any": {"kind": "leaf", "note": ""}}, 3]},
+        },
+        "notes": [{"kind": "leaf", "note": ""}],
+    }
+    overrides = ["trees.b.any.note=x", "trees.b={kind: twig, any: leaf}"]
+    for order in (overrides, overrides[::-1]):
+        assert read("", *order, schema=Tree).trees["b"].any.note == "x"
+    for note in NASTY:  # a section within a list stands on one line
+        tree.notes[0].note = note
+        assert read(dump(tree), schema=Tree) == tree
+    assert faults("trees: {a: {}, b: [leaf], c: {pair: [leaf, x]}}", schema=Tree) == [
+        "trees.a.kind: is required (one of leaf, twig, pair) (x.yaml:1)",
+        'trees.b: should be a mapping of keys or one of leaf, twig, pair, got ["leaf"] (x.yaml:1)',
+        "trees.c.pair.1: should be a whole number, got 'x' (x.yaml:1)",
+    ]
+    assert "trees.NAME.any" in help_text(Tree)
 
 
 def test_neither_loader_nor_schema_imports_torch():

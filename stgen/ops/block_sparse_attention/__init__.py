@@ -1,0 +1,89 @@
+"""Attention over the block pairs of a support: the cost is that of the blocks kept, forward and backward."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stgen.ops import dispatch
+from stgen.ops.block_sparse_attention.gather import block_sparse_attention_gather
+from stgen.ops.block_sparse_attention.reference import block_sparse_attention_reference
+from stgen.ops.normaliser import Normaliser
+from stgen.ops.support import Support
+
+Impl = Literal["auto", "reference", "gather"]
+IMPLS = {"reference": block_sparse_attention_reference, "gather": block_sparse_attention_gather}
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    support: Support,
+    normaliser: Normaliser | str = "softmax",
+    sink: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each query attends the keys of its support; a query without keys gets zeros.
+
+    Args:
+        q: [S, heads, n, D] queries.
+        k, v: [S, heads, m, D] keys and values.
+        support: which keys each query attends; sequence s takes group s % groups, its bias is added to the scores.
+        normaliser: a `Normaliser` or the name of its kind.
+        sink: [heads] score of a further key that has no value.
+        return_lse: also return the natural logarithm of the mass, the sink included; -inf where there is no mass.
+        impl: `reference` (the definition: n x m scores), `gather` (blocks alone) or `auto`.
+
+    Returns:
+        [S, heads, n, D], and with `return_lse` the LSE [S, heads, n]. Both are differentiable in q, k, v, sink and bias.
+
+    Raises:
+        ValueError: shapes or devices that do not match, an unknown impl, a sink or an LSE of relu or relu2.
+
+    >>> import torch
+    >>> q, k, v = torch.randn(3, 2, 4, 100, 32)
+    >>> near = Support.from_predicate(lambda i: ((i[:, None] - torch.arange(100)).abs() < 10)[None], 100, 100, (16, 16))
+    >>> out, lse = block_sparse_attention(q, k, v, near, return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([2, 4, 100, 32]), torch.Size([2, 4, 100]))
+    """
+    normaliser, kind = Normaliser.of(normaliser), q.device.type
+    if torch.is_autocast_enabled(kind):  # as PyTorch's own attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    _check(q, k, v, support)
+    normaliser.check_sink(sink, q.shape[1])
+    if return_lse and normaliser.by_count:
+        raise ValueError(f"normaliser {normaliser.kind} divides by the number of keys and has no LSE")
+    if impl == "auto":
+        impl = dispatch.block_sparse(q, k.shape[-2])  # type: ignore[assignment]
+    if impl not in IMPLS:
+        raise ValueError(f"impl should be auto, {' or '.join(IMPLS)}, got {impl!r}")
+    with torch.autocast(kind, enabled=False):
+        out, lse = IMPLS[impl](q, k, v, support, normaliser, sink)
+    return (out, lse) if return_lse else out
+
+
+def check_support(q: Tensor, k: Tensor, support: Support) -> None:
+    """Raise ValueError unless the support is one of these queries [S, heads, n, D] and keys [S, heads, m, D]."""
+    (sequences, heads, n), m = q.shape[:3], k.shape[2]
+    if (n, m) != (support.queries, support.keys):
+        raise ValueError(f"support is of {support.queries} x {support.keys} places, q and k have {n} x {m}")
+    if sequences % support.groups or support.heads not in (1, heads):
+        raise ValueError(
+            f"support has {support.groups} groups and {support.heads} heads, which do not go with {sequences} sequences "
+            f"of {heads} heads; groups should divide the sequences, heads be 1 or as many"
+        )
+    if support.device != q.device:
+        raise ValueError(f"support is on {support.device} and q on {q.device}; build it there")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, support: Support) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.shape != (*q.shape[:2], k.shape[-2], q.shape[-1]):
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q should be [S, heads, n, D], k and v [S, heads, m, D], got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v should have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_support(q, k, support)
