@@ -165,9 +165,9 @@ def load_pipeline(folder: Path, weights: str = "ema") -> VideoPipeline:
             raise BuildError(
                 f"{folder} is a saved pipeline and holds one set of weights; raw ones are in a run's checkpoints"
             )
-        return VideoPipeline.from_pretrained(folder, use_safetensors=True)
+        return _saved_pipeline(folder)
     if weights == "ema" and (folder / "final" / "model_index.json").is_file():
-        return VideoPipeline.from_pretrained(folder / "final", use_safetensors=True)
+        return _saved_pipeline(folder / "final")
     which = str(folder) if (folder / "manifest.json").is_file() else "latest"
     loaded = checkpoint.resolve(folder, which)
     if loaded is None and (folder / "config.yaml").is_file():
@@ -183,3 +183,11 @@ def load_pipeline(folder: Path, weights: str = "ema") -> VideoPipeline:
         checkpoint.load_into(parts.codec, loaded.tensors["codec"], "codec")
     load_weights(parts, {**loaded.tensors["model"], **(loaded.tensors["ema"] if weights == "ema" else {})})
     return build_pipeline(cfg, parts, loaded.state["fps"])
+
+
+def _saved_pipeline(folder: Path) -> VideoPipeline:
+    try:
+        return VideoPipeline.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:  # of diffusers, in many words
+        reason = str(error).strip().splitlines()[0][:200]
+        raise BuildError(f"{folder} cannot be loaded; was it saved by this version of stgen? {reason}") from None

@@ -10,19 +10,22 @@ from stgen import config, schema
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script: `stgen train | sample | inspect`."""
-    doors = {"train": train, "sample": sample, "inspect": inspect}
+    """The console script: `stgen train ...` and the other doors."""
+    doors = {
+        "train": (train, "train on a folder of videos"),
+        "sample": (sample, "sample clips from a run"),
+        "inspect": (inspect, "draw the attention of a config, and measure that of a run"),
+        "probe": (probe, "train one attention layer of each normaliser to recall, and compare them"),
+    }
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(
-            "usage: stgen {train,sample,inspect} ...\n\n  train    train on a folder of videos\n  sample   sample clips from a "
-            "run\n  inspect  draw the attention of a config, and measure that of a run"
-        )
+        print(f"usage: stgen {{{','.join(doors)}}} ...\n")
+        print("\n".join(f"  {name:<9}{meaning}" for name, (_, meaning) in doors.items()))
         print("\n`stgen train --help` and the like tell the rest.")
         sys.exit(0 if argv else 2)
     if argv[0] not in doors:
         sys.exit(_say(f"stgen: no command {argv[0]!r}; there are {', '.join(doors)}"))
-    doors[argv[0]](argv[1:])
+    doors[argv[0]][0](argv[1:])
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -114,8 +117,13 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         "-inspect behind)")  # fmt: skip
     measured = parser.add_argument_group("of a run")
     add = measured.add_argument
-    add("--clips", type=int, default=4, help="clips to measure on: held-out ones of the run's data, else training clips")
-    add("--times", type=int, default=5, help="noise levels of each clip, spread evenly over (0, 1)")
+    add(
+        "--clips",
+        type=_count,
+        default=4,
+        help="clips to measure on: held-out ones of the run's data, else training clips",
+    )
+    add("--times", type=_count, default=5, help="noise levels of each clip, spread evenly over (0, 1)")
     add("--seed", type=int, default=0, help="chooses clips and noise")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -137,6 +145,33 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         from stgen.lab.inspect import inspect_config
 
         inspect_config(cfg, args.output_dir or cfg.output_dir.with_name(cfg.output_dir.name + "-inspect"))
+
+
+def probe(argv: Sequence[str] | None = None) -> None:
+    """`stgen probe [--output_dir DIR]`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen probe",
+        description="Exact retrieval: one attention layer of each normaliser is trained to fetch one of many things it has "
+        "seen, all else being equal. Prints a table of the share answered right by number of things, and writes "
+        "probe.json and probe.png. A few minutes on a CPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("runs/probe"), help="where to write")
+    add("--steps", type=_count, nargs="+", default=[500], help="training steps; several show what is a matter of speed")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the spread is drawn over these")
+    args = parser.parse_args(argv)
+    with _told():
+        from stgen.lab.probes import run
+
+        run(args.output_dir, args.steps, args.seeds)
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} should be at least 1")
+    return number
 
 
 def _config(path: Path, overrides: Sequence[str]) -> schema.Config:

@@ -49,7 +49,7 @@ class Logger:
         project: str = "stgen",
         group: str | None = None,
         name: str | None = None,
-        job_type: Literal["train", "sample"] = "train",
+        job_type: Literal["train", "sample", "inspect"] = "train",
         run_id: str | None = None,
         resume_step: int | None = None,
     ):
@@ -102,6 +102,13 @@ class Logger:
         """Record an image file."""
         self._line(step, {key: self._relative(path)})
         self._call(lambda wandb, run: run.log({"global_step": step, key: wandb.Image(str(path))}))
+
+    def table(self, step: int, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Rows of a table."""
+        self._line(step, {key: {"columns": list(columns), "rows": [list(row) for row in rows]}})
+        self._call(
+            lambda wandb, run: run.log({"global_step": step, key: wandb.Table(columns=list(columns), data=list(rows))})
+        )
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the W&B summary of the run; writes no file."""

@@ -185,6 +185,17 @@ class VideoTransformer(ModelMixin, ConfigMixin):
             if told is not None and module is not self:
                 told(step)
 
+    def measured(self) -> dict[str, float]:
+        """What parts of the model tell of their last forward pass, by `attention/{layer}/{name}`; the largest of a layer."""
+        found: dict[str, float] = {}
+        for i, block in enumerate(self.blocks):
+            for module in block.modules():
+                told: Any = getattr(module, "measured", {})
+                for name, value in told.items() if module is not self else ():
+                    key = f"attention/{i}/{name}"
+                    found[key] = max(found.get(key, -float("inf")), float(value))
+        return found
+
     def work(self, grid: Grid, text_tokens: int) -> Work:
         """Operations of a forward pass over one clip."""
         width, patch = self.config.width, self.patch_embed.in_features

@@ -167,7 +167,8 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 bar.update()
                 if progress.step % cfg.log.every == 0 or progress.done:
                     metrics = progress.window_metrics(rate, cfg.train.train_batch_size, len(train_ids))
-                    logger.log(progress.step, metrics | meter.metrics(len(clips.rejects)))
+                    metrics |= meter.metrics(len(clips.rejects)) | parts.transformer.measured()
+                    logger.log(progress.step, metrics)
                 if cfg.validation.steps is not None and progress.step % cfg.validation.steps == 0 and not progress.done:
                     bar.write(f"step {progress.step}: " + _words(validate()))
                 if progress.step % cfg.checkpoint.steps == 0 and not progress.done:

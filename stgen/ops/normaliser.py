@@ -84,11 +84,9 @@ class Normaliser:
             # exp2, because PyTorch's exp on a CPU is up to 100 times slower where the result underflows.
             return torch.sub(s, level, out=out).mul_(1 / math.log(2)).exp2_()
         if self.by_count:
-            positive = torch.clamp(s, min=0, out=out)
+            positive = s.relu() if out is None else torch.clamp(s, min=0, out=out)
             return positive if self.kind == "relu" else torch.square(positive, out=out)
-        power, fraction, far = self._split(s, level)
-        c0, c1, c2, c3 = self._cubic
-        return (power * (c0 + fraction * (c1 + fraction * (c2 + fraction * c3)))).masked_fill(far, 0)
+        return self._power_times(self._cubic, s, level)
 
     def slope(self, s: Tensor, level: Tensor, weight: Tensor) -> Tensor:
         """f' where f is `weight`; only the kinds of poly look at the scores."""
@@ -96,10 +94,8 @@ class Normaliser:
             return weight
         if self.by_count:
             return (weight > 0).to(weight.dtype) if self.kind == "relu" else 2 * weight.sqrt()
-        power, fraction, far = self._split(s, level)
-        _, c1, c2, c3 = self._cubic
-        # The fraction falls by 1/unit where the score rises by 1.
-        return (power * (c1 + fraction * (2 * c2 + fraction * (3 * c3)))).mul_(-1 / self.unit).masked_fill_(far, 0)
+        _, c1, c2, c3 = (-c / self.unit for c in self._cubic)  # the fraction falls by 1/unit where the score rises by 1
+        return self._power_times((c1, 2 * c2, 3 * c3), s, level)
 
     def weights(self, scores: Tensor, mask: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The definition, by autograd: weights f [S, heads, n, m], their mass and their level [S, heads, n, 1].
@@ -129,9 +125,15 @@ class Normaliser:
     def _cubic(self) -> tuple[float, float, float, float]:
         return CUBIC_2 if self.kind == "poly" else CUBIC_E
 
-    def _split(self, s: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """base^-i, the fraction x, and where f is zero, of scores (i + x) units below the level."""
-        below = (level - s / self.unit).clamp(max=FARTHEST)
+    def _power_times(self, coefficients: tuple[float, ...], s: Tensor, level: Tensor) -> Tensor:
+        """base^-i p(x) of scores (i + x) units below the level, i whole and x in [0, 1); 0 below the cut."""
+        below = torch.sub(level, s, alpha=1 / self.unit).clamp_(max=FARTHEST)
+        far = None if self.cut is None else below > -self.cut / self.unit
         whole = below.floor()
-        power = torch.exp2(-whole) if self.kind == "poly" else torch.exp(-whole)
-        return power, below - whole, below >= FARTHEST if self.cut is None else below > -self.cut / self.unit
+        fraction = below.sub_(whole)
+        power = whole.neg_().exp2_() if self.kind == "poly" else whole.neg_().exp_()
+        result = fraction * coefficients[-1]
+        for coefficient in coefficients[-2:0:-1]:
+            result = result.add_(coefficient).mul_(fraction)
+        result = result.add_(coefficients[0]).mul_(power)
+        return result if far is None else result.masked_fill_(far, 0)

@@ -366,8 +366,9 @@ def test_sinkhorn_logs_its_residual_and_large_scores_stay_finite():
     q, k, v = (draw(2, HEADS, 24, WIDTH, seed=s).requires_grad_() for s in range(3))
     out = module(q, k, v, Support.full(24, 24, (4, 4)), attend)
     assert out.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), [q, k, v]))
-    assert float(module.residual) > 0 and not module.residual.requires_grad
-    assert "residual" not in module.state_dict()
+    residual = module.measured["sinkhorn_residual"]
+    assert float(residual) > 0 and not residual.requires_grad
+    assert not module.state_dict()
 
 
 def test_the_gates_of_three_ways_are_trained_and_the_coarse_branch_trains_the_choice():

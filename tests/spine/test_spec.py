@@ -23,6 +23,7 @@ FAULTS = {
     "{pattern: [{kind: linformer, keys: 4}]}": "linformer makes keys of its own and stands alone",
     "{pattern: {kind: linformer, keys: 4}, reuse: {what: map}}": "so its map fits no other layer; write kv",
     "{pattern: {kind: sliding_tile, window: [1, 1, 1]}}": "sliding_tile moves over tiles of tokens; write order: tile",
+    "{layout: window, size: [4, 4, 4], order: tile, pattern: {kind: sliding_tile, window: [1, 1, 1]}}": "not of a window",
     "{pattern: {all: [causal, entropy]}}": "entropy looks at all queries of a clip, so causal would leak the future",
     "{pattern: {all: [causal, topk]}}": "topk pools whole blocks, and blocks of several frames would leak the future",
     TILED + ", pattern: {all: [causal, topk]}}": "write order: tile and block: [1, rows, columns]",

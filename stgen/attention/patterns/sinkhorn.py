@@ -37,14 +37,15 @@ class Sinkhorn(Remade):
         keys = self
 
         class Sorting(nn.Module):
-            residual = torch.zeros(())
-            """How far the rows of the last sorting matrix are from sum 1, at most; for the log."""
+            def __init__(self):
+                super().__init__()
+                self.measured: dict[str, torch.Tensor] = {}  # for the log: how far rows are from sum 1, at most
 
             def forward(self, q, k, v, allowed, attend, near=None):
                 filled, block = allowed.attended()[:, 0], allowed.block[1]  # [groups, n]
                 scores = only_filled(block_scores(q, k, allowed) / keys.temperature, filled, block)
                 sorting = sinkhorn(scores, keys.iterations)  # [S, heads, query blocks, key blocks]
-                self.residual = (sorting.sum(-1) - 1).abs().amax().detach()
+                self.measured["sinkhorn_residual"] = (sorting.sum(-1) - 1).abs().amax().detach()
                 both = (sort_blocks(x, sorting, filled, block) for x in (k, v))  # [S, heads, 2 * blocks * block, D]
                 return attend(q, *both, beside_sorted(filled, block))
 

@@ -1,6 +1,6 @@
 """Attention over the block pairs of a support: the cost is that of the blocks kept, forward and backward."""
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,34 @@ from stgen.ops.support import Support
 
 Impl = Literal["auto", "reference", "gather"]
 IMPLS = {"reference": block_sparse_attention_reference, "gather": block_sparse_attention_gather}
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    support: Support,
+    normaliser: Normaliser | str = "softmax",
+    sink: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    impl: Impl = "auto",
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    support: Support,
+    normaliser: Normaliser | str = "softmax",
+    sink: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(
@@ -62,8 +90,8 @@ def block_sparse_attention(
     if impl not in IMPLS:
         raise ValueError(f"impl should be auto, {' or '.join(IMPLS)}, got {impl!r}")
     with torch.autocast(kind, enabled=False):
-        out, lse = IMPLS[impl](q, k, v, support, normaliser, sink)
-    return (out, lse) if return_lse else out
+        out, lse = IMPLS[impl](q, k, v, support, normaliser, sink, return_lse)
+    return out if lse is None else (out, lse)
 
 
 def check_support(q: Tensor, k: Tensor, support: Support) -> None:

@@ -1,7 +1,7 @@
 """Which rows of a support are taken together.
 
 A row is a block of queries of one head of one sequence. Rows are sorted by how many key blocks they have, so that those
-of a chunk are of almost one length, and a chunk has as many as stay in cache.
+of a chunk are of almost one length; a chunk has as many as stay in cache and repay the calls made for it.
 """
 
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from stgen.ops.support import ALL, SOME, Support
 
-CHUNK = {"cpu": 1 << 19}  # scores of a chunk; see the sweep in benchmarks/sparse_attention.py
-CHUNK_ELSEWHERE = 1 << 26
+CHUNK_BYTES = {"cpu": 1 << 21}  # of a chunk's scores; see the sweep in benchmarks/sparse_attention.py
+ELSEWHERE = 1 << 27
 
 
 @dataclass(frozen=True)
 class Chunk:
     """R rows with up to L key blocks each; places beyond a row's count repeat its first block and hide it."""
 
-    rows: Tensor  # [R], numbered (sequence, head, query block)
+    rows: slice  # of the sorted rows
     blocks: Tensor  # [R * L] key blocks, numbered (sequence, head, key block)
     pairs: Tensor  # [R * L] places in the support's flattened table
     masks: Tensor | None  # [R * L] which of the plan's masks hides keys; None where no key is hidden
@@ -28,43 +28,50 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
+    order: Tensor | None  # [rows] rows (sequence, head, query block) as sorted; None where that is their own order
     chunks: list[Chunk]
     masks: Tensor  # [masks, block queries, block keys] bool, true where a key is hidden
 
+    @staticmethod
+    def of(support: Support, sequences: int, heads: int, itemsize: int) -> "Plan":
+        """The chunks of all rows that have a key block, longest first; `itemsize` is the bytes of a score."""
+        groups, own_heads, nq, nk = support.table.shape
+        table_row = torch.arange(groups * own_heads * nq, device=support.device).view(groups, own_heads, nq)
+        table_row = table_row.repeat(sequences // groups, 1, 1).expand(sequences, heads, nq).flatten()  # [rows]
+        counts, order = support.counts.flatten()[table_row].sort(descending=True, stable=True)
+        most = CHUNK_BYTES.get(support.device.type, ELSEWHERE) // (itemsize * support.block[0] * support.block[1])
+        chunks = list(_chunks(support, table_row[order], order // nq * nk, counts, most))
+        return Plan(None if bool((order[1:] > order[:-1]).all()) else order, chunks, _masks(support))
 
-def plan(support: Support, sequences: int, heads: int) -> Plan:
-    """The chunks of all rows that have a key block, longest first."""
-    return Plan(list(_chunks(support, sequences, heads)), _masks(support))
+    def sort(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else rows.index_select(0, self.order)
+
+    def unsort(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else torch.empty_like(rows).index_copy_(0, self.order, rows)
 
 
-def _chunks(support: Support, sequences: int, heads: int) -> Iterator[Chunk]:
-    groups, own_heads, nq, nk = support.table.shape
-    table_row = torch.arange(groups * own_heads * nq, device=support.device).view(groups, own_heads, nq)
-    table_row = table_row.repeat(sequences // groups, 1, 1).expand(sequences, heads, nq).flatten()  # [rows]
-    counts = support.counts.flatten()[table_row]
-    order = counts.argsort(descending=True, stable=True)
-    lengths = counts[order].tolist()
-    lists, numbers = support.lists.flatten(0, 2), _mask_numbers(support)
+def _chunks(support: Support, table_rows: Tensor, key_rows: Tensor, counts: Tensor, most: int) -> Iterator[Chunk]:
+    """Of sorted rows: their row in the table, the first key block of their head and their count."""
+    lists, numbers, nk = support.lists.flatten(0, 2), _mask_numbers(support), support.table.shape[-1]
     whole, hidden = len(support.bits), len(support.bits) + 2
-    first = 0
-    while first < len(lengths) and (longest := lengths[first]):
-        rows = order[first : first + _together(lengths, first, support)]
-        blocks = lists[table_row[rows], :longest]  # [R, L]
+    for rows, longest in _slices(counts.tolist(), most):
+        blocks = lists[table_rows[rows], :longest]  # [R, L]
         beyond = torch.arange(longest, device=support.device) >= counts[rows, None]
         blocks = torch.where(beyond, blocks[:, :1], blocks)
-        pairs = table_row[rows, None] * nk + blocks
+        pairs = table_rows[rows, None] * nk + blocks
         masks = numbers[pairs].masked_fill(beyond, hidden).flatten()
-        blocks = rows[:, None] // nq * nk + blocks
-        yield Chunk(rows, blocks.flatten(), pairs.flatten(), masks if (masks != whole).any() else None)
-        first += len(rows)
+        blocks = (key_rows[rows, None] + blocks).flatten()
+        yield Chunk(rows, blocks, pairs.flatten(), masks if (masks != whole).any() else None)
 
 
-def _together(lengths: list[int], first: int, support: Support) -> int:
-    """How many rows to take from `first`: as many as fit, none shorter than three quarters of the longest."""
-    longest = lengths[first]
-    most = max(1, CHUNK.get(support.device.type, CHUNK_ELSEWHERE) // (longest * support.block[0] * support.block[1]))
-    fit = lengths[first : first + most]
-    return next((i for i, length in enumerate(fit) if 4 * length < 3 * longest), len(fit))
+def _slices(counts: list[int], most: int) -> Iterator[tuple[slice, int]]:
+    """Runs of rows and their longest: of about `most` key blocks, no row shorter than three quarters of the longest."""
+    first = 0
+    while first < len(counts) and (longest := counts[first]):
+        fit = counts[first : first + max(1, most // longest)]
+        number = next((i for i, count in enumerate(fit) if 4 * count < 3 * longest), len(fit))
+        yield slice(first, first + number), longest
+        first += number
 
 
 def _masks(support: Support) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from stgen.ops.block_sparse_attention.chunks import Chunk, Plan, plan
+from stgen.ops.block_sparse_attention.chunks import Chunk, Plan
 from stgen.ops.normaliser import Normaliser
 from stgen.ops.support import Support
 
@@ -29,9 +29,6 @@ def block_sparse_attention_gather(
     return out.to(dtype), lse
 
 
-# -------------------------------------------------------------------------------------------------------------- blocks
-
-
 def _cut(x: Tensor, block: int) -> Tensor:
     """[S, heads, n, ...] -> [S * heads * blocks, block, ...], zeros after the end."""
     surplus = -x.shape[2] % block
@@ -45,77 +42,251 @@ def _joined(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(*like.shape[:2], -1, *x.shape[2:])[:, :, : like.shape[2]]
 
 
-class _Scratch:
-    """Memory that one chunk after the other uses: fresh pages cost more than what is computed on them."""
+def _not_zero(mass: Tensor) -> Tensor:
+    """1 for the mass of a row without keys, whose weights are all zero."""
+    return mass.masked_fill(mass == 0, 1)
 
-    def __init__(self, like: Tensor):
-        self.like, self.buffers = like, {}
 
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+# ---------------------------------------------------------------------------------------------------- steps of a chunk
+
+
+class _Task:
+    """Tensors cut into blocks, and the steps that all kinds of weights take with a chunk."""
+
+    lowest = -torch.inf  # score of a hidden key
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, support: Support, plan: Plan, scores_dtype: torch.dtype):
+        (bq, bk), self.plan, self.block = support.block, plan, support.block
+        self.q = plan.sort(_cut(q, bq))  # [rows, block queries, D]; all that has rows is sorted
+        self.k, self.v = _cut(k, bk), _cut(v, bk)  # [sequences * heads * key blocks, block keys, D]
+        self.stats = torch.promote_types(q.dtype, torch.float32)  # of what is added up
+        self.scores_dtype, self.scale = scores_dtype, q.shape[-1] ** -0.5
+        self.bias = None if support.bias is None else support.bias.detach().flatten().to(scores_dtype)
+        self.buffers: dict[str, Tensor] = {}
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory that one chunk after the other uses: fresh pages cost more than what is computed on them."""
         size = math.prod(shape)
         if name not in self.buffers or len(self.buffers[name]) < size:
-            self.buffers[name] = self.like.new_empty(size, dtype=dtype)
+            self.buffers[name] = self.q.new_empty(size, dtype=dtype)
         return self.buffers[name][:size].view(shape)
 
     def take(self, name: str, blocks: Tensor, index: Tensor) -> Tensor:
-        """Some of the blocks [.., block, D]."""
-        return torch.index_select(blocks, 0, index, out=self(name, (len(index), *blocks.shape[1:]), blocks.dtype))
+        """Some of the blocks of a tensor."""
+        out = self.scratch(name, (len(index), *blocks.shape[1:]), blocks.dtype)
+        return torch.index_select(blocks, 0, index, out=out)
 
-    def product(self, name: str, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-        """scale * a b: [R, i, j] and [R, j, l] -> [R, i, l]."""
-        out = self(name, (len(a), a.shape[1], b.shape[2]), a.dtype)
+    def product(self, out: str | Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        """scale * a b: [R, i, j] and [R, j, l] -> [R, i, l], in scratch memory or in a tensor."""
+        if isinstance(out, str):
+            out = self.scratch(out, (len(a), a.shape[1], b.shape[2]), a.dtype)
         return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
     def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x if x.dtype == dtype else self(name, tuple(x.shape), dtype).copy_(x)
+        return x if x.dtype == dtype else self.scratch(name, tuple(x.shape), dtype).copy_(x)
 
+    def load(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, L * block keys, D] of a chunk."""
+        keys, values = self.take("keys", self.k, chunk.blocks), self.take("values", self.v, chunk.blocks)
+        shape = (chunk.rows.stop - chunk.rows.start, -1, keys.shape[-1])
+        return keys.view(shape), values.view(shape)
 
-# ------------------------------------------------------------------------------------------------------ scores, weights
-
-
-class _Scores:
-    """Scores of a chunk, in `dtype`; hidden ones are `lowest`."""
-
-    def __init__(self, support: Support, masks: Tensor, dtype: torch.dtype, lowest: float):
-        self.block, self.masks, self.dtype, self.lowest = support.block, masks, dtype, lowest
-        self.bias = None if support.bias is None else support.bias.detach().flatten().to(dtype)
-
-    def __call__(self, chunk: Chunk, q: Tensor, keys: Tensor, scratch: _Scratch) -> Tensor:
-        """Queries [R, block queries, D], keys [R, L * block keys, D] -> [R, block queries, L * block keys]."""
-        scores = scratch.product("products", q, keys.mT, q.shape[-1] ** -0.5)
-        scores = scratch.cast("scores", scores, self.dtype)
+    def scores(self, chunk: Chunk, keys: Tensor) -> Tensor:
+        """[R, block queries, L * block keys]"""
+        scores = self.cast(
+            "scores", self.product("products", self.q[chunk.rows], keys.mT, self.scale), self.scores_dtype
+        )
         if self.bias is not None:
-            by_block = scores.unflatten(-1, (-1, self.block[1]))  # [R, block queries, L, block keys]
-            by_block += self.bias[chunk.pairs].view(len(q), 1, -1, 1)
-        return self.hide(chunk, scores, self.lowest, scratch)
+            scores.unflatten(-1, (-1, self.block[1])).add_(self.bias[chunk.pairs].view(len(scores), 1, -1, 1))
+        return self.hide(chunk, scores, self.lowest)
 
-    def hide(self, chunk: Chunk, scores: Tensor, value: float, scratch: _Scratch) -> Tensor:
+    def hide(self, chunk: Chunk, scores: Tensor, value: float) -> Tensor:
         """The same tensor with `value` where a key is hidden."""
         if chunk.masks is not None:
-            hidden = scratch.take("hidden", self.masks, chunk.masks).view(len(scores), -1, *self.block)
+            hidden = self.take("hidden", self.plan.masks, chunk.masks).view(len(scores), -1, *self.block)
             scores.unflatten(-1, (-1, self.block[1])).masked_fill_(hidden.transpose(1, 2), value)
         return scores
 
+    def zeros(self, like: Tensor) -> Tensor:
+        """Where gradients are added up."""
+        return torch.zeros_like(like, dtype=self.stats)
 
-class _Fused:
-    """Softmax without sink and LSE by PyTorch's own kernels; the backward needs nothing but q, k and v."""
+    def add(self, total: Tensor, chunk: Chunk, part: Tensor) -> None:
+        """Add gradients of a chunk's keys or values [R, L * block keys, D] to those of all blocks."""
+        total.index_add_(0, chunk.blocks, self.cast("part stats", part, self.stats).view(-1, *total.shape[1:]))
 
-    def __init__(self, q: Tensor, support: Support, masks: Tensor):
-        # The lowest finite number, not -inf: a row without keys stays free of NaN.
-        self.scores = _Scores(support, masks, q.dtype, torch.finfo(q.dtype).min)
+    # ---- what kinds of weights do in their own way
 
-    def forward(self, chunk: Chunk, scores: Tensor, values: Tensor, scratch: _Scratch) -> Tensor:
-        """out [R, block queries, D] of scores and values."""
-        return scratch.product("out", self.weights(chunk, scores, scratch), values)
+    def attend(self, chunk: Chunk, scores: Tensor, values: Tensor, out: Tensor) -> None:
+        """Write the rows of `out` [rows, block queries, D]. Takes the memory of the scores."""
+        raise NotImplementedError
 
-    def backward(
-        self, chunk: Chunk, scores: Tensor, values: Tensor, d_out: Tensor, scratch: _Scratch
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """P, dO and dS of a chunk; the first two such that dV = P^T dO."""
-        weights, d_out = self.weights(chunk, scores, scratch), scratch.take("d_out", d_out, chunk.rows)
-        d_scores = scratch.product("d_scores", d_out, values.mT)
+    def derive(self, chunk: Chunk, scores: Tensor, values: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, dO such that dV = weights^T dO, and dS of a chunk. Takes the memory of the scores."""
+        raise NotImplementedError
+
+    def found(self, out: Tensor) -> tuple[Tensor, ...]:
+        """What the backward needs besides q, k and v, once the chunks are through."""
+        return ()
+
+    def resume(self, d_lse: Tensor | None, found: list[Tensor]) -> None:
+        """Take it up, and the gradient of the LSE [rows, block queries]."""
+
+    def lse(self) -> Tensor:
+        raise NotImplementedError
+
+    def d_sink(self) -> Tensor | None:
+        return None
+
+
+class _Fused(_Task):
+    """Softmax without sink and LSE, by PyTorch's own kernels; the backward needs nothing but q, k and v."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, support: Support, plan: Plan):
+        super().__init__(q, k, v, support, plan, q.dtype)
+        self.lowest = torch.finfo(q.dtype).min  # finite, so that rows without keys stay free of NaN
+
+    def attend(self, chunk: Chunk, scores: Tensor, values: Tensor, out: Tensor) -> None:
+        self.product(out[chunk.rows], self.weights(chunk, scores), values)
+
+    def weights(self, chunk: Chunk, scores: Tensor) -> Tensor:
+        return self.hide(chunk, torch.softmax(scores, -1, out=scores), 0)
+
+    def derive(self, chunk: Chunk, scores: Tensor, values: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, d_out = self.weights(chunk, scores), d_out[chunk.rows]
+        d_scores = self.product("d_scores", d_out, values.mT)
         torch._softmax_backward_data(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
         return weights, d_out, d_scores
 
-    def weights(self, chunk: Chunk, scores: Tensor, scratch: _Scratch) -> Tensor:
-        return self.scores.hide(chunk, torch.softmax(scores, -1, out=scores), 0, scratch)
+
+class _General(_Task):
+    """Any normaliser, with sink and LSE, from the mass and the level of each query."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, support: Support, plan: Plan, normaliser: Normaliser, sink: Tensor | None
+    ):
+        super().__init__(q, k, v, support, plan, torch.promote_types(q.dtype, torch.float32))
+        self.normaliser, self.logits, self.sink, self.sequences = normaliser, sink, None, len(q)
+        # Mass and level of a row without keys, [rows, block queries, 1]; those of the others are filled in.
+        self.mass, self.level = self.q.new_zeros((2, *self.q.shape[:2], 1), dtype=self.stats)
+        if normaliser.by_count:
+            counts = support.per_query().repeat(len(q) // support.groups, 1, 1).expand(q.shape[:3])
+            self.mass = plan.sort(_cut(counts, support.block[0])).unsqueeze(-1).to(self.stats)
+        if sink is not None:
+            each = sink.detach().to(self.stats).repeat(len(q))  # [sequences * heads]
+            each = plan.sort(each.repeat_interleave(len(self.q) // len(each)))
+            self.sink = each[:, None, None].expand_as(self.level)
+            self.level = normaliser.level(self.sink).contiguous()
+            self.mass = normaliser.weight(self.sink, self.level)
+
+    def attend(self, chunk: Chunk, scores: Tensor, values: Tensor, out: Tensor) -> None:
+        """The same; writes the rows of mass and level too."""
+        rows, normaliser = chunk.rows, self.normaliser
+        if not normaliser.by_count:
+            top = scores.amax(-1, keepdim=True)
+            self.level[rows] = normaliser.level(top if self.sink is None else torch.maximum(top, self.sink[rows]))
+        level = self.level[rows]
+        weights = normaliser.weight(scores, level, out=scores)
+        if not normaliser.by_count:
+            mass = weights.sum(-1, keepdim=True)
+            self.mass[rows] = mass if self.sink is None else mass + normaliser.weight(self.sink[rows], level)
+        sums = self.product("sums", self.cast("weights", weights, self.q.dtype), values)
+        out[rows] = self.cast("sums stats", sums, self.stats).div_(_not_zero(self.mass[rows]))
+
+    def lse(self) -> Tensor:
+        """[rows, block queries]"""
+        return self.normaliser.log_mass(self.mass, self.level).squeeze(-1)
+
+    def found(self, out: Tensor) -> tuple[Tensor, ...]:
+        return self.mass, self.level, out
+
+    def resume(self, d_lse: Tensor | None, found: list[Tensor]) -> None:
+        self.mass, self.level, self.out = found
+        self.inverse = 1 / _not_zero(self.mass)
+        # delta = (dO . O - dLSE) / mass, whose first term comes with the chunks
+        self.delta = torch.zeros_like(self.mass) if d_lse is None else -d_lse.unsqueeze(-1) * self.inverse
+
+    def derive(self, chunk: Chunk, scores: Tensor, values: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f and dO / mass of a chunk, so that dV = f^T (dO / mass), and dS = f' (dO V^T / mass - delta)."""
+        rows, level, dtype = chunk.rows, self.level[chunk.rows], self.q.dtype
+        d_out = d_out[rows] * self.inverse[rows]
+        if not self.normaliser.by_count:  # whose mass does not depend on the scores
+            self.delta[rows] += (d_out * self.out[rows]).sum(-1, keepdim=True)
+        d_out = d_out.to(dtype)
+        weights = self.normaliser.weight(scores, level, out=scores)
+        d_scores = self.cast("d_scores stats", self.product("d_scores", d_out, values.mT), self.stats)
+        d_scores.sub_(self.delta[rows]).mul_(self.normaliser.slope(scores, level, weights))
+        return self.cast("weights", weights, dtype), d_out, self.cast("d_scores", d_scores, dtype)
+
+    def d_sink(self) -> Tensor | None:
+        """[heads]: the sink is a key without value."""
+        if self.sink is None or self.logits is None:
+            return None
+        slope = self.normaliser.slope(self.sink, self.level, self.normaliser.weight(self.sink, self.level))
+        total = self.plan.unsort(-slope * self.delta).view(self.sequences, len(self.logits), -1).sum((0, 2))
+        return total.to(self.logits.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- operation
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sink: Tensor | None,
+        bias: Tensor | None,  # the support's, here so that it gets a gradient
+        support: Support,
+        normaliser: Normaliser,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        plan = Plan.of(support, q.shape[0], q.shape[1], q.element_size())
+        task = _task(q, k, v, support, plan, normaliser, sink, with_lse)
+        out = torch.zeros_like(task.q)  # [rows, block queries, D]
+        for chunk in plan.chunks:
+            keys, values = task.load(chunk)
+            task.attend(chunk, task.scores(chunk, keys), values, out)
+        ctx.save_for_backward(q, k, v, sink, *task.found(out))
+        ctx.options = support, plan, normaliser, with_lse
+        return _joined(plan.unsort(out), q), _joined(plan.unsort(task.lse()), q) if with_lse else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        (q, k, v, sink, *found), (support, plan, normaliser, with_lse) = ctx.saved_tensors, ctx.options
+        d_out = plan.sort(_cut(d_out, support.block[0]))
+        d_lse = None if d_lse is None else plan.sort(_cut(d_lse, support.block[0]))
+        task = _task(q, k, v, support, plan, normaliser, sink, with_lse)
+        task.resume(d_lse, found)
+        d_q, d_k, d_v = torch.zeros_like(task.q), task.zeros(task.k), task.zeros(task.v)
+        d_bias = None if task.bias is None else task.zeros(task.bias)
+        for chunk in plan.chunks:
+            keys, values = task.load(chunk)
+            weights, d_out_c, d_scores = task.derive(chunk, task.scores(chunk, keys), values, d_out)
+            task.add(d_v, chunk, task.product("part", weights.mT, d_out_c))
+            task.add(d_k, chunk, task.product("part", d_scores.mT, task.q[chunk.rows], task.scale))
+            task.product(d_q[chunk.rows], d_scores, keys, task.scale)
+            if d_bias is not None:
+                by_block = d_scores.unflatten(-1, (-1, support.block[1]))
+                d_bias.index_add_(0, chunk.pairs, by_block.sum((1, 3), dtype=task.stats).flatten())
+        d_q, d_k, d_v = (_joined(d, x).to(x.dtype) for d, x in ((plan.unsort(d_q), q), (d_k, k), (d_v, v)))
+        d_bias = None if d_bias is None else d_bias.view_as(support.bias).to(support.bias.dtype)
+        return d_q, d_k, d_v, task.d_sink(), d_bias, None, None, None
+
+
+def _task(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    support: Support,
+    plan: Plan,
+    normaliser: Normaliser,
+    sink: Tensor | None,
+    with_lse: bool,
+) -> _Task:
+    if normaliser.kind == "softmax" and sink is None and not with_lse:
+        return _Fused(q, k, v, support, plan)
+    return _General(q, k, v, support, plan, normaliser, sink)

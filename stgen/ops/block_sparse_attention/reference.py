@@ -21,13 +21,13 @@ def bias_reference(support: Support, sequences: int) -> Tensor | None:
 
 
 def block_sparse_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, support: Support, normaliser: Normaliser, sink: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, support: Support, normaliser: Normaliser, sink: Tensor | None, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [S, heads, n, D] and LSE [S, heads, n] (None for normalisers by count)."""
+    """Output [S, heads, n, D] and, where asked for, LSE [S, heads, n]."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [S, heads, n, m]
     if (bias := bias_reference(support, len(q))) is not None:
         scores = scores + bias
     weights, mass, level = normaliser.weights(scores, mask_reference(support, len(q)), sink)
     weights = (weights / mass.masked_fill(mass == 0, 1)).to(v.dtype)
-    lse = None if normaliser.by_count else normaliser.log_mass(mass, level).squeeze(-1)
+    lse = normaliser.log_mass(mass, level).squeeze(-1) if with_lse else None
     return weights @ v, lse

@@ -46,16 +46,16 @@ def dense_attention(
     normaliser = Normaliser.of(normaliser)
     normaliser.check_sink(sink, q.shape[1])
     plain = normaliser.kind == "softmax" and sink is None
-    if impl == "auto":
-        impl = dispatch.dense(q, k.shape[-2], plain)
-    if impl == "reference":
+    chosen = dispatch.dense(q, k.shape[-2], plain) if impl == "auto" else impl
+    if chosen == "reference":
         return dense_attention_reference(q, k, v, key_mask, normaliser, sink)
-    if impl == "blocks":
+    if chosen == "blocks":
         return block_sparse_attention(q, k, v, _every_block(q, k, key_mask), normaliser, sink)
-    if impl != "sdpa":
+    if chosen != "sdpa":
         raise ValueError(f"impl should be blocks, auto, reference or sdpa, got {impl!r}")
     if not plain:
-        raise ValueError(f"impl sdpa is softmax without a sink, not {normaliser.kind}; take auto or reference")
+        what = "softmax with one" if normaliser.kind == "softmax" else normaliser.kind
+        raise ValueError(f"impl sdpa is softmax without a sink, not {what}; take impl: auto")
     if key_mask is None:
         return scaled_dot_product_attention(q, k, v)
     mask = key_mask[:, None, None, :]
