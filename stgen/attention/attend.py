@@ -61,7 +61,8 @@ class Heads(nn.Module):
                 f"mixers.{use.name}.sink: {self.sink.count} tokens are more than the {setting.places} places of a "
                 f"sequence; write count: {setting.places} or less"
             )
-        built = normalisers.build(group.normaliser, group.count, head_dim, seed=64 * use.number + group.first)
+        seed = torch.initial_seed() + 64 * use.number + group.first
+        built = normalisers.build(group.normaliser, group.count, head_dim, seed=seed)
         self.features = built if isinstance(built, normalisers.Features) else None  # of linear attention
         self.normaliser = built if isinstance(built, Normaliser) else Normaliser()
         self.selection = Selection(group.pattern, self.layout, setting, registers, self.sink.count)

@@ -18,7 +18,7 @@ from stgen.ops.normaliser import Normaliser
 def build(normaliser: spec.Normaliser, heads: int, head_dim: int, seed: int) -> "Normaliser | Features":
     """What a `normaliser` section describes: for kind linear the module that makes features, else what kernels run.
 
-    `off_by_one` is softmax here; its sink is `own_sink`. `seed` decides random and initial features.
+    `off_by_one` is softmax here; its 1 in the mass is a sink (`sinks.py`). `seed` decides random and initial features.
     """
     match normaliser:
         case spec.Linear():
@@ -30,11 +30,6 @@ def build(normaliser: spec.Normaliser, heads: int, head_dim: int, seed: int) -> 
         case spec.OffByOne():
             return Normaliser("softmax")
     return Normaliser(normaliser.kind)
-
-
-def own_sink(normaliser: spec.Normaliser, heads: int) -> Tensor | None:
-    """The sink logits [heads] that belong to a normaliser: zeros for off_by_one, whose denominator has 1 = exp(0) more."""
-    return torch.zeros(heads) if isinstance(normaliser, spec.OffByOne) else None
 
 
 # ------------------------------------------------------------------------------------------------------------ features

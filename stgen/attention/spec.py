@@ -257,7 +257,9 @@ def _check_pattern(mixer: AttentionMixer, pattern: Pattern, parts: list[Pattern]
         if isinstance(part, Remade) and len(parts) + isinstance(pattern, AnyOf) > 1:
             raise ValueError(f"pattern: {part.kind} makes keys of its own and stands alone, not in a list or in all")
         if part.needs_tiles and mixer.layout == "window":
-            raise ValueError(f"pattern: {part.kind} moves over the tiles of a clip, not of a window; write another layout")
+            raise ValueError(
+                f"pattern: {part.kind} moves over the tiles of a clip, not of a window; write another layout"
+            )
         if part.needs_tiles and mixer.order != "tile":
             raise ValueError(f"pattern: {part.kind} moves over tiles of tokens; write order: tile")
         if causal and isinstance(part, Chosen) and part.sees_all_queries:

@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from stgen.attention import spec
-from stgen.attention.normalisers import Features, build, own_sink
+from stgen.attention.normalisers import Features, build
+from stgen.attention.sinks import Sink
 from stgen.ops.dense_attention import dense_attention
 from stgen.ops.linear_attention import linear_attention
 from stgen.ops.rms_norm import rms_norm
@@ -115,7 +116,7 @@ class Recaller(nn.Module):
         self.head = weight(width, task.values, std=width**-0.5)
         self.gains = nn.ParameterList(torch.ones(n) for n in (width, head_dim, head_dim, width))
         self.normaliser = build(normaliser, recipe.heads, head_dim, seed)
-        self.sink = own_sink(normaliser, recipe.heads)
+        self.sink = Sink(spec.NoSink(), normaliser, recipe.heads, head_dim)
 
     def forward(self, keys: Tensor, values: Tensor) -> Tensor:
         """Keys and values [B, tokens] -> logits of the answers [B, questions, task.values]."""
@@ -133,7 +134,7 @@ class Recaller(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if isinstance(self.normaliser, Features):
             return linear_attention(self.normaliser(q, True), self.normaliser(k, False), v)
-        return dense_attention(q, k, v, impl="reference", normaliser=self.normaliser, sink=self.sink)
+        return dense_attention(q, k, v, impl="reference", normaliser=self.normaliser, sink=self.sink.logit(q))
 
 
 # ------------------------------------------------------------------------------------------------------------ training

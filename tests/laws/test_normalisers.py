@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from stgen.attention import spec
-from stgen.attention.normalisers import Favor, Features, build, orthogonal_rows, own_sink
+from stgen.attention.normalisers import Favor, Features, build, orthogonal_rows
+from stgen.attention.sinks import Sink
 from stgen.ops.dense_attention import dense_attention
 from stgen.ops.linear_attention import linear_attention
 from stgen.ops.normaliser import Normaliser
@@ -44,9 +45,10 @@ def test_normalisers_of_scores_are_named_for_the_kernels(section, built):
 
 
 def test_only_off_by_one_brings_a_sink():
-    logits = own_sink(spec.OffByOne(), heads=3)
+    q = torch.randn(1, 3, 2, 4)
+    logits = Sink(spec.NoSink(), spec.OffByOne(), 3, 4).logit(q)
     assert logits is not None and torch.equal(logits, torch.zeros(3))
-    assert own_sink(spec.Softmax(), heads=3) is None and own_sink(spec.Linear(), heads=3) is None
+    assert all(Sink(spec.NoSink(), other, 3, 4).logit(q) is None for other in (spec.Softmax(), spec.Linear()))
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4])

@@ -79,7 +79,7 @@ def block_sparse_attention(
     (torch.Size([2, 4, 100, 32]), torch.Size([2, 4, 100]))
     """
     normaliser, kind = Normaliser.of(normaliser), q.device.type
-    if torch.is_autocast_enabled(kind):  # as PyTorch's own attention does
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:  # as PyTorch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     _check(q, k, v, support)
     normaliser.check_sink(sink, q.shape[1])
