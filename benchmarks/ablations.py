@@ -41,7 +41,7 @@ def run(cell: study.Cell, path: Path, folder: Path, steps: int) -> dict:
         "key": cell.key,
         "value": cell.value,
         "held_out_loss": found["loss"]["held_out"],
-        "accuracy": found["accuracy"],
+        "accuracy": found.get("accuracy"),
         "parameters": found["parameters"],
         "gflop_per_step": found["flops_per_step"] / 1e9,
         "dense_gflop_per_step": found["dense_flops_per_step"] / 1e9,
@@ -68,7 +68,7 @@ def main() -> None:
             cell, path = jobs[name]
             try:
                 results[name] = run(cell, path, args.runs / name.replace(" ", "-"), args.steps)
-                bar.write(f"{name:<36} loss {results[name]['held_out_loss']:.4f}  {results[name]['accuracy']}")
+                bar.write(f"{name:<36} loss {results[name]['held_out_loss']:.4f}")
             except subprocess.CalledProcessError:
                 bar.write(f"{name} failed; see {args.runs / name.replace(' ', '-')}.log")
             bar.update()

@@ -71,7 +71,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     now = most = 0
     for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
             most = max(most, now)
     return most
 
@@ -81,8 +81,8 @@ def measure(tokens: int, dtype: str, sparsity: float, repeats: int) -> dict[str,
     q, k, v, d_out = (torch.randn(1, HEADS, tokens, WIDTH, generator=g).to(DTYPES[dtype]) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     attentions: dict[str, Callable[[], Tensor]] = {
-        "gather": lambda: block_sparse_attention(*inputs, support, impl="gather"),  # type: ignore[misc]
-        "sdpa": lambda: scaled_dot_product_attention(*inputs),
+        "gather": lambda: block_sparse_attention(q, k, v, support, impl="gather"),
+        "sdpa": lambda: scaled_dot_product_attention(q, k, v),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in attentions}
     for i in range(repeats + 1):

@@ -117,6 +117,6 @@ def test_help_and_config_errors_load_no_torch():
 
 
 def test_ops_need_torch_alone():
-    modules = loaded_after("import stgen.ops.dense_attention")
+    modules = loaded_after("import stgen.ops; stgen.ops.block_sparse_attention")
     assert "torch" in modules
     assert not modules & {"diffusers", "transformers", "av", "wandb", "pydantic"}

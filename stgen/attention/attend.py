@@ -196,7 +196,7 @@ class Heads(nn.Module):
         return Work(sequences * executed, sequences * dense)
 
     def density(self, grid: Grid) -> tuple[float, float]:
-        """Share of the pairs of places that is kept and of the pairs of blocks that is computed.
+        """Share of the pairs of tokens in a sequence that is kept, and of the pairs of blocks that is computed.
 
         Exact for fixed patterns; for those chosen from the data what they are set to keep, about; for those that make
         keys of their own, what they cost of full attention.
@@ -205,10 +205,7 @@ class Heads(nn.Module):
             setting = self.setting(grid)
             share = self.group.pattern.flops(setting) / attention_flops(setting.places, setting.places, setting.width)
             return share, share
-        if self.is_dense:
-            mask = layout.places(self.layout, grid)[1].double()  # [sequences, n]
-            return float((mask.mean(1) ** 2).mean()), 1.0
-        return self.selection.density(grid)
+        return (1.0, 1.0) if self.is_dense else self.selection.density(grid)
 
 
 class Mixer(nn.Module):

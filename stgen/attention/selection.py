@@ -78,15 +78,14 @@ class Selection(nn.Module):
     # ------------------------------------------------------------------------------------------------------- cost
 
     def density(self, grid: Grid) -> tuple[float, float]:
-        """Share of the pairs of places kept and of the pairs of blocks computed; about, where the data choose."""
-        if is_fixed(self.pattern):
-            return self.fixed(self.pattern, grid, "cpu", extended=True).density()
+        """Share of the pairs of tokens kept and of the pairs of blocks computed; about, where the data choose."""
         return self._about(self.pattern, grid, 0), self._about(self.pattern, grid, 1)
 
     def _about(self, pattern: Pattern, grid: Grid, which: int) -> float:
-        """Parts of a union and of an intersection are taken as independent."""
+        """Parts of a union and of an intersection are taken as independent where the data choose."""
         if is_fixed(pattern):
-            return self.fixed(pattern, grid, "cpu").density()[which]
+            own, every = (self.fixed(p, grid, "cpu", extended=True) for p in (pattern, EVERY))
+            return own.density()[1] if which else own.density()[0] / every.density()[0]
         if isinstance(pattern, AnyOf):
             return 1 - math.prod(1 - self._about(part, grid, which) for part in pattern.any)
         if isinstance(pattern, AllOf):

@@ -17,6 +17,7 @@ Measured forward and backward with one thread of a Xeon with AMX, 4 heads x 64, 
 import logging
 from functools import cache
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger("stgen")
@@ -45,7 +46,12 @@ def block_sparse(q: Tensor, keys: int) -> str:
     return impl
 
 
-@cache
 def _tell(op: str, impl: str, device: str) -> None:
     """Once for each choice."""
+    if not torch.compiler.is_compiling():
+        _told(op, impl, device)
+
+
+@cache
+def _told(op: str, impl: str, device: str) -> None:
     log.info("%s on %s: %s", op, device, impl)

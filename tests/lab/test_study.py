@@ -54,7 +54,7 @@ def test_two_names_of_one_config_are_refused(tmp_path):
 
 
 def test_a_key_or_value_that_the_config_refuses_is_told_as_ever(tmp_path):
-    with pytest.raises(config.ConfigError, match="did you mean model.plan"):
+    with pytest.raises(config.ConfigError, match=r"did you mean model\.plan"):
         study.load(write(tmp_path, "  model.plam: {a: spatial}\n"), [])
     with pytest.raises(config.ConfigError, match="no mixer is called 'spatiel'"):
         study.load(write(tmp_path, "  model.plan: {a: spatiel}\n"), [])

@@ -184,3 +184,21 @@ def test_reuse_from_a_named_layer():
     takes = [block.attentions[0].mixers[0].use.takes for block in model.blocks]
     assert takes == ["none", "none", "kv", "kv"]
     assert model(*inputs()).sample.shape == (2, 3, *GRID)
+
+
+COMPILED = ["sparse", "sinkhorn", "learned features", "map reuse", "heads"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiling_changes_nothing_beyond_rounding(name):
+    torch._dynamo.reset()
+    model = trained(build(MIXERS[name]))
+    results = []
+    for forward in (model, torch.compile(model)):
+        model.zero_grad()
+        out = forward(*inputs()).sample
+        out.square().mean().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -425,8 +425,8 @@ def test_autocast_takes_its_dtype_as_pytorchs_attention_does():
     for impl in ("reference", "gather"):
         with torch.autocast("cpu", torch.bfloat16):
             out = block_sparse_attention(q, k, v, support, impl=impl)
-        low = (x.to(torch.bfloat16) for x in (q, k, v))
             exact = block_sparse_attention(q.double(), k.double(), v.double(), support, impl=impl)
+        low = (x.to(torch.bfloat16) for x in (q, k, v))
         assert out.dtype == torch.bfloat16 and exact.dtype == torch.float64
         assert torch.equal(out, block_sparse_attention(*low, support, impl=impl))
 

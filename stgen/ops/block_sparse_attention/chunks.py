@@ -68,7 +68,10 @@ def _slices(counts: list[int], most: int) -> Iterator[tuple[slice, int]]:
     """Runs of rows and their longest: of about `most` key blocks, no row shorter than three quarters of the longest."""
     first = 0
     while first < len(counts) and (longest := counts[first]):
-        fit = counts[first : first + max(1, most // longest)]
+        rows = max(1, most // longest)
+        if 4 * (len(counts) - first) <= 5 * rows:
+            rows = len(counts) - first  # rather than a last chunk of few rows
+        fit = counts[first : first + rows]
         number = next((i for i, count in enumerate(fit) if 4 * count < 3 * longest), len(fit))
         yield slice(first, first + number), longest
         first += number

@@ -266,8 +266,9 @@ class _Gather(torch.autograd.Function):
         for chunk in plan.chunks:
             keys, values = task.load(chunk)
             weights, d_out_c, d_scores = task.derive(chunk, task.scores(chunk, keys), values, d_out)
-            task.add(d_v, chunk, task.product("part", weights.mT, d_out_c))
-            task.add(d_k, chunk, task.product("part", d_scores.mT, task.q[chunk.rows], task.scale))
+            # The chunk's values have done their part: their memory takes the sums.
+            task.add(d_v, chunk, task.product("values", weights.mT, d_out_c))
+            task.add(d_k, chunk, task.product("values", d_scores.mT, task.q[chunk.rows], task.scale))
             task.product(d_q[chunk.rows], d_scores, keys, task.scale)
             if d_bias is not None:
                 by_block = d_scores.unflatten(-1, (-1, support.block[1]))
