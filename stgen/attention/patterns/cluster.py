@@ -10,7 +10,6 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from stgen.attention.pattern import Chosen, Setting
-from stgen.ops.cost import linear_flops
 
 
 class Cluster(Chosen):
@@ -34,6 +33,8 @@ class Cluster(Chosen):
         return min(1.0, (1 + self.neighbours) / self.clusters)
 
     def choosing_flops(self, setting: Setting):
+        from stgen.ops.cost import linear_flops
+
         # Points against centroids: once to choose these, twice a round (who belongs, and the means), once to assign.
         passes = 1 if self.method == "lsh" else 2 + 2 * self.iterations
         return passes * setting.heads * linear_flops(2 * setting.places, setting.head_dim, self.clusters)

@@ -6,7 +6,6 @@ Memory-compressed attention (Liu et al., arXiv:1801.10198) with kernel and strid
 from typing import Literal
 
 from stgen.attention.pattern import Remade, Setting
-from stgen.ops.cost import attention_flops, linear_flops
 
 
 class Convolution(Remade):
@@ -16,6 +15,8 @@ class Convolution(Remade):
     by_blocks = True
 
     def flops(self, setting: Setting):
+        from stgen.ops.cost import attention_flops, linear_flops
+
         width, blocks = setting.width, setting.blocks
         weighing = 2 * linear_flops(setting.places, 1, width)
         return weighing + attention_flops(setting.places, blocks, width)

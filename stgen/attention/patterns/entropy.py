@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from stgen.attention.pattern import Chosen, Setting, Share
-from stgen.ops.cost import linear_flops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +32,8 @@ class Entropy(Chosen):
         return self.ratio
 
     def choosing_flops(self, setting: Setting):
+        from stgen.ops.cost import linear_flops
+
         blocks = setting.blocks
         return setting.heads * linear_flops(blocks, setting.head_dim, blocks)
 

@@ -10,7 +10,6 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from stgen.attention.pattern import Chosen, Setting, Share
-from stgen.ops.cost import linear_flops
 
 
 class Learned(Chosen):
@@ -28,6 +27,8 @@ class Learned(Chosen):
         return self.ratio
 
     def choosing_flops(self, setting: Setting):
+        from stgen.ops.cost import linear_flops
+
         blocks = setting.blocks
         maps = 2 * linear_flops(blocks, setting.head_dim, self.width)
         return setting.heads * (maps + linear_flops(blocks, self.width, blocks))

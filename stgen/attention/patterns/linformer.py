@@ -5,7 +5,6 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from stgen.attention.pattern import Remade, Setting
-from stgen.ops.cost import attention_flops, linear_flops
 
 
 class Linformer(Remade):
@@ -15,6 +14,8 @@ class Linformer(Remade):
     """How many."""
 
     def flops(self, setting: Setting):
+        from stgen.ops.cost import attention_flops, linear_flops
+
         width = setting.width
         projections = 2 * linear_flops(self.keys, setting.places, width)
         return projections + attention_flops(setting.places, self.keys, width)

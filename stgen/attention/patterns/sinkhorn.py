@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from stgen.attention.pattern import Remade, Setting
-from stgen.ops.cost import attention_flops, linear_flops
 
 
 class Sinkhorn(Remade):
@@ -22,6 +21,8 @@ class Sinkhorn(Remade):
     by_blocks = True
 
     def flops(self, setting: Setting):
+        from stgen.ops.cost import attention_flops, linear_flops
+
         width, blocks = setting.width, setting.blocks
         scores = linear_flops(blocks, width, blocks)
         sorting = 2 * linear_flops(blocks, blocks, setting.block * width)

@@ -12,7 +12,6 @@ from pydantic import Field, field_validator
 
 from stgen.attention.pattern import PerAxis, Remade, Setting, Share, per_axis
 from stgen.attention.patterns.local import Local
-from stgen.ops.cost import attention_flops, linear_flops
 
 Branch = Literal["compress", "select", "slide"]
 
@@ -41,6 +40,8 @@ class ThreeWay(Remade):
         return Local(radius=self.radius) if "slide" in self.branches else None
 
     def flops(self, setting: Setting):
+        from stgen.ops.cost import attention_flops, linear_flops
+
         width, places, blocks = setting.width, setting.places, setting.blocks
         box = prod(2 * radius + 1 for radius in per_axis(self.radius))
         cost = {

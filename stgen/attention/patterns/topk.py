@@ -7,7 +7,6 @@ arXiv:2502.13189, for video VSA, arXiv:2505.13389).
 from typing import Literal
 
 from stgen.attention.pattern import Chosen, Setting, Share
-from stgen.ops.cost import linear_flops
 
 
 class TopK(Chosen):
@@ -27,6 +26,8 @@ class TopK(Chosen):
         return self.ratio
 
     def choosing_flops(self, setting: Setting):
+        from stgen.ops.cost import linear_flops
+
         scored = setting.places if self.level == "token" else setting.blocks
         return setting.heads * linear_flops(scored, setting.head_dim, scored)
 
