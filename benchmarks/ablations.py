@@ -1,10 +1,10 @@
 """Train every cell of the studies in configs/ablations for a few steps and write down what came out.
 
-    python benchmarks/ablations.py configs/ablations/*.yaml [--steps 400] [--jobs 2] [--runs runs/ablations]
+    python benchmarks/ablations.py configs/ablations/{plan,pattern,normaliser,sink,reuse,support}.yaml
 
 Cells run as processes of one thread each. Finished ones are not run again, so it may be stopped at any time. Results go
-to benchmarks/results/ablations.json: held-out loss, prompts that the oracle reads right on seen and held-out
-combinations, and FLOPs of a step as executed and as dense attention in the same layout would cost.
+to benchmarks/results/ablations.json: held-out loss, and FLOPs of a step as executed and as dense attention in the same
+layout would cost. --table prints them as Markdown and runs nothing.
 """
 
 import argparse
@@ -50,17 +50,39 @@ def run(cell: study.Cell, path: Path, folder: Path, steps: int) -> dict:
     }
 
 
+def table(studies: list[Path]) -> str:
+    """A row for each variant: its value, held-out loss beside the base's, FLOPs of a step beside the base's."""
+    cells = json.loads(RESULTS.read_text())["cells"]
+    rows = ["| variant | value | held-out loss | against base | GFLOP a step |", "|---|---|---|---|---|"]
+    for path in studies:
+        stem = Path(study.read(path).base).stem
+        base = cells[stem]
+        rows.append(f"| {stem} | | {base['held_out_loss']:.4f} | | {base['gflop_per_step']:.1f} |")
+        for name, cell in cells.items():
+            if name.startswith(f"{path.stem}/"):
+                value = json.dumps(cell["value"]).replace('"', "").replace("|", "\\|")
+                change = cell["held_out_loss"] / base["held_out_loss"] - 1
+                rows.append(
+                    f"| {name.split('/')[1]} | `{value}` | {cell['held_out_loss']:.4f} | {change:+.1%} | "
+                    f"{cell['gflop_per_step']:.1f} |"
+                )
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where the run folders go")
     args = parser.parse_args()
+    if args.table:
+        return print(table(args.studies))
     jobs = {}
     for path in args.studies:
         for cell in study.load(path, []):
-            jobs[f"{path.stem}/{cell.name}" if cell.key else "base"] = (cell, path)
+            jobs[f"{path.stem}/{cell.name}" if cell.key else Path(study.read(path).base).stem] = (cell, path)
     results = json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else {}
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), desc="cells", unit="cell") as bar:
 
