@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 
 from stgen.attention import layout, normalisers
 from stgen.attention.pattern import Remade, Setting
-from stgen.attention.patterns import AllOf
+from stgen.attention.patterns import leaves
+from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
 from stgen.attention.reuse import Carry, Kept, Use
 from stgen.attention.selection import EVERY, Selection
@@ -104,7 +105,7 @@ class Heads(nn.Module):
 
     def _support(self, q: Tensor, k: Tensor, grid: Grid) -> Support | None:
         """What folded queries and keys attend; None for every place that holds a token."""
-        if self.is_dense:
+        if self.is_dense or isinstance(q, FakeTensor):
             return None
         front = self._front(grid)
         return self.selection(q[:, :, front:], k[:, :, front:], grid)
@@ -119,7 +120,8 @@ class Heads(nn.Module):
     def _sum_features(self, phi: nn.Module, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """The same by sums over all keys (linear attention); under `causal` frame by frame."""
         k, v = self._with_sink(k, self.sink.k, None), self._with_sink(v, self.sink.v, None)
-        chunk = math.prod(self.layout.extents(grid)[1:]) if isinstance(self.selection.pattern, AllOf) else None
+        causal = any(isinstance(leaf, Causal) for leaf in leaves(self.group.pattern))
+        chunk = math.prod(self.layout.extents(grid)[1:]) if causal else None  # places of a frame
         mask = self._key_mask(grid, q)
         return linear_attention(phi(q, True), phi(k, False), v, key_mask=mask, chunk=chunk, prefix=self.sink.count)
 
@@ -183,6 +185,8 @@ class Heads(nn.Module):
         dense = attention_flops(queries, queries + self.sink.count, setting.width)
         if self.use.takes == "map":
             executed = dense // 2  # P v alone
+        elif "map" in self.use.lends:
+            executed = dense + self.selection.choosing_flops(setting)  # a map that is kept is made whole
         elif isinstance(self.group.pattern, Remade):
             executed = self.group.pattern.flops(setting)
         elif isinstance(self.group.normaliser, Linear):

@@ -29,7 +29,7 @@ LAYOUTS = {
 }
 PATTERNS = [
     *dense.PATTERNS, ("any", "local", "global", "random"), ("any", "causal", "local"),
-    ("all", "causal", "strided"), ("any", "local", "topk"), ("all", "local", "topk, tokens"),
+    ("all", "causal", "strided"), ("all", "full"), ("any", "local", "topk"), ("all", "local", "topk, tokens"),
 ]  # fmt: skip
 NORMALISERS = {
     "softmax": {"kind": "softmax"},
