@@ -410,7 +410,10 @@ def test_help_names_every_section():
         assert key in result.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if "axes:" not in p.read_text()]  # others are studies
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_config_loads_and_plans(path):
     from stgen.describe import dry_run
 
