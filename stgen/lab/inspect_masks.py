@@ -149,6 +149,7 @@ def _random(heads: Heads, grid: Grid) -> tuple[Tensor, Tensor, Heads]:
 
 def _drawing(support: Support, layout: Layout, grid: Grid, note: str = "") -> Drawing:
     """`support` may have registers and sinks before its places; only tokens are drawn."""
+    support = support.unordered()
     where, filled = places(layout, grid)  # [sequences, n, 3], [sequences, n]
     centre = (grid.t // 2, grid.h // 2, grid.w // 2)
     views = tuple(_view(support, where, filled, grid, query) for query in dict.fromkeys((centre, (0, 0, 0))))

@@ -159,7 +159,7 @@ def _allowed(heads: Heads, folded: list[Tensor], grid: Grid, sample: Sample, tak
     support = heads.selection(*folded, grid) if taken is None else taken
     length = folded[0].shape[2]
     rows = support.queries - length + sample.order[:, sample.rows]
-    kept = support_rows(support, sample.sequences % support.groups, rows)[..., -length:]
+    kept = support_rows(support.unordered(), sample.sequences % support.groups, rows)[..., -length:]
     return both & kept.gather(-1, sample.order[:, None, None].expand(*kept.shape[:3], -1))
 
 

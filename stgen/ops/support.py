@@ -2,12 +2,18 @@
 
 A sequence of n queries and one of m keys are cut into blocks of `block` places; the last may be ragged. A table says of
 each pair of blocks whether none, some or all of its pairs of places are kept, and the bits of those in between are
-stored. Nothing of size n x m is built, except by `dense()`, which is the definition.
+stored. Nothing of size n x m is built, except by `dense()`, which is the definition, and what goes through it: `|`, `&`
+and `join` of supports with an order.
+
+The places of the blocks may hold queries and keys in another order than their own: places that keep the same keys then
+share blocks (the sorting of Reformer, arXiv:2001.04451, section 2), and the pairs kept fill few blocks instead of
+being strewn over all.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +31,13 @@ class Support:
     `groups` sequences have a support of their own; sequence s of a batch uses group s % groups. `heads` is 1 where all
     heads share it. `bias`, where there is one, is added to the scores of a pair of blocks: a learned selector hands in
     zeros whose gradient reaches its scores (straight-through).
+
+    Place p of the query blocks holds query query_order[..., p]; keys likewise. An order is a permutation, None where
+    every query or key stands at its own place. What is said of blocks (`table`, `bits`, `lists`) is said of the sorted
+    sequences, what is said of queries and keys (`dense`, `per_query`, `attended`) is in their own order.
+
+    Raises:
+        ValueError: an order and a bias together.
     """
 
     queries: int  # n
@@ -33,6 +46,13 @@ class Support:
     table: Tensor  # [groups, heads, query blocks, key blocks] int8: NONE, SOME or ALL
     bits: Tensor  # [number of SOME, block queries, block keys] bool, in the order of torch.nonzero(table == SOME)
     bias: Tensor | None = None  # [groups, heads, query blocks, key blocks]
+    query_order: Tensor | None = None  # [groups, heads, n] int64
+    key_order: Tensor | None = None  # [groups, heads, m] int64
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # what implementations derive from it
+
+    def __post_init__(self):
+        if self.is_ordered and self.bias is not None:
+            raise ValueError("a support with query_order or key_order takes no bias; give one of the two")
 
     # ------------------------------------------------------------------------------------------------ construction
 
@@ -42,9 +62,7 @@ class Support:
         (bq, bk), (n, m) = block, mask.shape[-2:]
         cut = pad(mask, (0, -m % bk, 0, -n % bq)).unflatten(-1, (-1, bk)).unflatten(2, (-1, bq))
         cut = cut.transpose(3, 4)  # [groups, heads, query blocks, key blocks, block queries, block keys]
-        kept = cut.sum((-2, -1))
-        table = SOME + (kept == _places(n, bq, mask)[:, None] * _places(m, bk, mask)).to(torch.int8)
-        table = table.masked_fill(kept == 0, NONE)
+        table = codes(cut.sum((-2, -1)), n, m, block)
         return Support(n, m, block, table, cut[table == SOME])
 
     @staticmethod
@@ -75,7 +93,11 @@ class Support:
 
     @staticmethod
     def join(parts: Sequence["Support"], dim: int) -> "Support":
-        """Supports side by side along the queries (dim 2) or the keys (dim 3); all but the last fill their blocks."""
+        """Supports side by side along the queries (dim 2) or the keys (dim 3); all but the last fill their blocks.
+
+        The result has no order.
+        """
+        parts = [part.unordered() for part in parts]
         table = torch.cat([part.table for part in parts], dim)
         slots, first = [], 0
         for part in parts:
@@ -99,6 +121,16 @@ class Support:
     @property
     def device(self) -> torch.device:
         return self.table.device
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether queries or keys have an order other than their own."""
+        return self.query_order is not None or self.key_order is not None
+
+    @property
+    def of_sorted(self) -> "Support":
+        """The support of the sorted queries and keys: the same blocks, without an order."""
+        return replace(self, query_order=None, key_order=None) if self.is_ordered else self
 
     @cached_property
     def kept(self) -> Tensor:
@@ -127,14 +159,15 @@ class Support:
         """The mask itself: [groups, heads, n, m] bool."""
         g, h, nq, nk = self.table.shape
         cut = self._cut(torch.ones_like(self.kept)).view(g, h, nq, nk, *self.block).transpose(3, 4)
-        return cut.flatten(4, 5).flatten(2, 3)[..., : self.queries, : self.keys]
+        mask = cut.flatten(4, 5).flatten(2, 3)[..., : self.queries, : self.keys]
+        return unsort(unsort(mask, self.query_order).mT, self.key_order).mT
 
     def attended(self) -> Tensor:
         """Keys that some query attends: [groups, heads, m] bool."""
         seen = (self.table == ALL).any(2).unsqueeze(-1).repeat(1, 1, 1, self.block[1]).to(torch.int64)
         group, head, _, column = torch.nonzero(self.table == SOME).unbind(1)
         seen.index_put_((group, head, column), self.bits.any(1).to(torch.int64), accumulate=True)
-        return seen.flatten(2)[..., : self.keys] > 0
+        return unsort(seen.flatten(2)[..., : self.keys] > 0, self.key_order)
 
     def per_query(self) -> Tensor:
         """How many keys each query attends: [groups, heads, n] int64."""
@@ -142,7 +175,7 @@ class Support:
         number = whole.unsqueeze(-1).repeat(1, 1, 1, self.block[0])
         group, head, row, _ = torch.nonzero(self.table == SOME).unbind(1)
         number.index_put_((group, head, row), self.bits.sum(-1), accumulate=True)
-        return number.flatten(2)[..., : self.queries]
+        return unsort(number.flatten(2)[..., : self.queries], self.query_order)
 
     def density(self) -> tuple[float, float]:
         """Share of the pairs of places that is kept, and share of the pairs of blocks that is computed."""
@@ -150,14 +183,18 @@ class Support:
 
     # -------------------------------------------------------------------------------------------------- combining
 
+    def unordered(self) -> "Support":
+        """The same pairs in blocks of the queries' and keys' own order; built from the dense mask if there is another."""
+        return Support.from_mask(self.dense(), self.block) if self.is_ordered else self
+
     def __or__(self, other: "Support") -> "Support":
-        """Union: a pair is kept where either keeps it."""
+        """Union: a pair is kept where either keeps it. The result has no order."""
         a, b = self._alike(other), other._alike(self)
         settled = torch.where((a.table == ALL) | (b.table == ALL), ALL, NONE)
         return a._combined(b, settled, (settled == NONE) & (a.kept | b.kept), torch.logical_or)
 
     def __and__(self, other: "Support") -> "Support":
-        """Intersection: a pair is kept where both keep it."""
+        """Intersection: a pair is kept where both keep it. The result has no order."""
         a, b = self._alike(other), other._alike(self)
         settled = torch.where((a.table == ALL) & (b.table == ALL), ALL, NONE)
         return a._combined(b, settled, (settled == NONE) & a.kept & b.kept, torch.logical_and)
@@ -166,17 +203,19 @@ class Support:
         """The same with a table for each of `groups` sequences and `heads` heads."""
         if (groups, heads) == (self.groups, self.heads):
             return self
-        shape = (groups // self.groups, heads // self.heads, 1, 1)
-        table, slots = self.table.repeat(shape), self.slots.repeat(shape)
-        bias = None if self.bias is None else self.bias.repeat(shape)
-        return replace(self, table=table, bits=self.bits[slots[table == SOME]], bias=bias)
+        times = (groups // self.groups, heads // self.heads)
+        table, slots = self.table.repeat(*times, 1, 1), self.slots.repeat(*times, 1, 1)
+        bias = None if self.bias is None else self.bias.repeat(*times, 1, 1)
+        orders = (None if x is None else x.repeat(*times, 1) for x in (self.query_order, self.key_order))
+        return Support(self.queries, self.keys, self.block, table, self.bits[slots[table == SOME]], bias, *orders)
 
     def transpose(self) -> "Support":
         """Queries and keys exchanged."""
         table = self.table.transpose(-1, -2)
         bits = self.bits[self.slots.transpose(-1, -2)[table == SOME]].transpose(-1, -2)
         bias = None if self.bias is None else self.bias.transpose(-1, -2)
-        return Support(self.keys, self.queries, (self.block[1], self.block[0]), table, bits, bias)
+        block = (self.block[1], self.block[0])
+        return Support(self.keys, self.queries, block, table, bits, bias, self.key_order, self.query_order)
 
     def extended(self, queries: int, keys: int, present: Tensor | None = None) -> "Support":
         """With `queries` places before the queries that attend every key, and `keys` places before the keys that every
@@ -186,18 +225,19 @@ class Support:
         """
         (bq, bk), (g, h) = self.block, self.table.shape[:2]
         rows, columns = -(-queries // bq) * bq, -(-keys // bk) * bk
-        added, grown = torch.arange(columns, device=self.device) < keys, self
+        added, grown = torch.arange(columns, device=self.device) < keys, self.of_sorted
         if columns:
             left = Support.from_mask(added.expand(g, h, self.queries, columns), self.block)
             grown = Support.join([left, grown], dim=3)
         if rows:
             own = torch.ones(1, self.keys, dtype=torch.bool, device=self.device) if present is None else present
-            own = own.repeat(g // len(own), 1)[:, None].expand(g, h, self.keys)
+            own = sort(own.repeat(g // len(own), 1)[:, None].expand(g, h, self.keys), self.key_order)
             seen = torch.cat([added.expand(g, h, columns), own], dim=-1)  # [groups, heads, columns + m]
             added = torch.arange(rows, device=self.device) < queries
             grown = Support.join([Support.from_mask(added[:, None] & seen[:, :, None], self.block), grown], dim=2)
         bias = None if self.bias is None else pad(self.bias, (columns // bk, 0, rows // bq, 0))
-        return replace(grown, bias=bias)
+        orders = _behind(rows, self.query_order), _behind(columns, self.key_order)
+        return replace(grown, bias=bias, query_order=orders[0], key_order=orders[1])
 
     def _cut(self, where: Tensor) -> Tensor:
         """Bits of the pairs of blocks that the bool table `where` names: [number, block queries, block keys]."""
@@ -215,13 +255,13 @@ class Support:
         inside_k = torch.arange(self.block[1], device=self.device) < columns[column][:, None]
         bits &= inside_q[:, :, None] & inside_k[:, None]
         kept = bits.sum((1, 2))
-        codes = SOME + (kept == rows[row] * columns[column]).to(torch.int8)
-        codes = codes.masked_fill(kept == 0, NONE)
+        code = SOME + (kept == rows[row] * columns[column]).to(torch.int8)
+        code = code.masked_fill(kept == 0, NONE)
         table = settled.to(torch.int8)
-        table[unsure] = codes
+        table[unsure] = code
         biases = [s.bias for s in (self, other) if s.bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
-        return replace(self, table=table, bits=bits[codes == SOME], bias=bias)
+        return replace(self, table=table, bits=bits[code == SOME], bias=bias)
 
     def _alike(self, other: "Support") -> "Support":
         """This support with as many groups and heads as it takes to stand beside `other`."""
@@ -230,7 +270,41 @@ class Support:
                 f"supports of {self.queries} x {self.keys} places in blocks {self.block} and of {other.queries} x "
                 f"{other.keys} in {other.block} cannot be combined"
             )
-        return self.expand(max(self.groups, other.groups), max(self.heads, other.heads))
+        return self.unordered().expand(max(self.groups, other.groups), max(self.heads, other.heads))
+
+
+def sort(x: Tensor, order: Tensor | None) -> Tensor:
+    """What `order` puts at each place: [S, heads, n, ...] -> the same shape, differentiable.
+
+    `order` [groups, heads or 1, n] int64 is a permutation, sequence s takes group s % groups; None leaves x as it is.
+    """
+    if order is None:
+        return x
+    first = torch.arange(0, x.shape[:3].numel(), x.shape[2], device=x.device).view(*x.shape[:2], 1)
+    rows = first + order.repeat(len(x) // len(order), 1, 1)  # [S, heads, n], in x.flatten(0, 2)
+    return x.flatten(0, 2).index_select(0, rows.flatten()).view(x.shape)
+
+
+def unsort(x: Tensor, order: Tensor | None) -> Tensor:
+    """What `sort` did undone."""
+    if order is None:
+        return x
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return sort(x, torch.empty_like(order).scatter_(-1, order, places))
+
+
+def _behind(added: int, order: Tensor | None) -> Tensor | None:
+    """The order of a sequence that has `added` places before those of `order`."""
+    if order is None:
+        return None
+    first = torch.arange(added, device=order.device).expand(*order.shape[:2], added)
+    return torch.cat([first, order + added], dim=-1)
+
+
+def codes(kept: Tensor, queries: int, keys: int, block: tuple[int, int]) -> Tensor:
+    """The table, from how many pairs of places each pair of blocks keeps: [..., query blocks, key blocks]."""
+    whole = _places(queries, block[0], kept)[:, None] * _places(keys, block[1], kept)
+    return (SOME + (kept == whole).to(torch.int8)).masked_fill(kept == 0, NONE)
 
 
 def _places(length: int, block: int, like: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ SPECS = [
     {"layout": "spatial"},
     {"layout": "window", "size": [2, 3, 2], "shift": [1, 0, 1], "sink": {"kind": "logit"}},
     {"order": "tile", "block": [2, 2, 2], "pattern": {"kind": "topk", "ratio": 0.3}},
+    {"block": [2, 2, 2], "pattern": {"kind": "cluster", "clusters": 3}, "sink": {"kind": "tokens", "count": 2}},
     {"layout": "temporal", "pattern": {"kind": "local", "radius": 1}, "sink": {"kind": "tokens", "count": 2}},
     {"normaliser": {"kind": "relu"}, "block": [1, 2, 2], "pattern": {"kind": "random", "blocks": 3}},
     {"normaliser": {"kind": "off_by_one"}, "order": "tile", "block": [2, 3, 3]},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from patterns import PATTERNS, build, family, scene, told
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stgen.attention.pattern import Chosen, Fixed, Remade, Setting, Sites
@@ -243,6 +244,8 @@ def test_clusters_follow_a_permutation_and_one_cluster_is_full(method):
         return build({"kind": "cluster", "method": method, **keys}).chooser(setting(n, block))(q, k, allowed).dense()
 
     assert mask(q, k, clusters=1).all()
+    every = build({"kind": "cluster", "method": method, "clusters": 1}).chooser(setting(n, block))(q, k, allowed)
+    assert (every.table == ALL).all()
     a, b = torch.randperm(n), torch.randperm(n)
     plain, mixed = mask(q, k, clusters=5), mask(q[:, :, a], k[:, :, b], clusters=5)
     assert torch.equal(plain[:, :, a][..., b], mixed)
@@ -256,6 +259,55 @@ def test_kmeans_finds_what_is_plainly_there():
     q, k = (centres[label] + 0.05 * draw(1, 1, 30, WIDTH, seed=s) for s in (0, 1))
     choose = build({"kind": "cluster", "clusters": 3}).chooser(setting(30, 4, 1))
     assert torch.equal(choose(q, k, Support.full(30, 30, (4, 4))).dense()[0, 0], label[:, None] == label)
+
+
+def blobs(n, clusters, seed):
+    """Points about `clusters` axes, which take turns."""
+    label = torch.arange(n) % clusters
+    return torch.eye(clusters, WIDTH, dtype=torch.float64)[label] + 0.05 * draw(2, HEADS, n, WIDTH, seed=seed)
+
+
+@pytest.mark.parametrize("places, neighbours, most", [(256, 0, 0.25), (250, 0, 0.35), (256, 1, 0.6)])
+def test_clusters_are_sorted_into_few_blocks(places, neighbours, most):
+    """4 clusters of 64 tokens in blocks of 16 fill a quarter of the blocks, and little more where they meet in one."""
+    clusters, block = 4, 16
+    q, k, allowed = blobs(places, clusters, 0), blobs(places, clusters, 1), Support.full(places, places, (block, block))
+    pattern = build({"kind": "cluster", "clusters": clusters, "neighbours": neighbours})
+    support = pattern.chooser(setting(places, block))(q, k, allowed)
+    of_places, of_blocks = support.density()
+    assert of_places == pytest.approx(pattern.share, abs=0.01)
+    assert of_blocks <= most
+    assert support.unordered().density()[1] == 1.0
+
+
+def test_sorting_by_cluster_looks_at_no_pair_outside_its_blocks():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else (out,):
+                self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    n, block = 2000, 16
+    q, k, allowed = blobs(n, 4, 0), blobs(n, 4, 1), Support.full(n, n, (block, block))
+    with Largest() as largest:
+        support = build({"kind": "cluster", "clusters": 4}).chooser(setting(n, block))(q, k, allowed)
+    assert support.is_ordered and len(support.bits) > 0
+    assert largest.numel < 2 * HEADS * n * n / 10
+
+
+def test_clusters_keep_the_order_where_a_fixed_pattern_hides_pairs_and_padding_does_not():
+    place = scene(Grid(3, 4, 5), order="tile")
+    choose = build({"kind": "cluster", "clusters": 3}).chooser(setting(place.places, place.block, 1))
+    q, k = draw(1, 1, place.places, WIDTH), draw(1, 1, place.places, WIDTH, seed=1)
+    full, local = (place.support(build(PATTERNS[name])) for name in ("full", "local"))
+    free, bound = choose(q, k, full), choose(q, k, local)
+    assert not place.filled.all() and free.is_ordered and not bound.is_ordered
+    assert torch.equal(bound.dense(), free.dense() & local.dense())
+    padding = ~place.filled[free.key_order[0, 0]]
+    assert padding[place.filled.sum() :].all(), "keys that nobody attends come last"
 
 
 def test_centroids_to_spare_stay_on_the_points_where_they_began():

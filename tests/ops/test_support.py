@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stgen.ops.block_sparse_attention import IMPLS, block_sparse_attention
+from stgen.ops.dense_attention import attention_map
 from stgen.ops.support import ALL, NONE, SOME, Support
 
 Block = tuple[int, int]
@@ -141,3 +143,95 @@ def test_biases_follow_their_blocks():
 def test_supports_of_other_sizes_are_not_combined():
     with pytest.raises(ValueError, match="cannot be combined"):
         Support.full(4, 4, (2, 2)) | Support.full(4, 4, (2, 4))
+
+
+# -------------------------------------------------------------------------------------------------------------- orders
+
+
+def shuffled(mask: Tensor, block: Block, seed: int, sides: str = "qk") -> Support:
+    """The support of a mask [groups, heads, n, m] whose blocks hold queries, keys or both in random orders."""
+    generator, orders = torch.Generator().manual_seed(seed), {}
+    for side, length in (("q", mask.shape[2]), ("k", mask.shape[3])):
+        own = torch.arange(length).expand(*mask.shape[:2], length)
+        random = torch.rand(own.shape, generator=generator).argsort(-1)
+        orders[side] = random if side in sides else own
+    mask = mask.gather(2, orders["q"].unsqueeze(-1).expand_as(mask)).gather(3, orders["k"].unsqueeze(2).expand_as(mask))
+    given = (orders[side] if side in sides else None for side in "qk")
+    return replace(Support.from_mask(mask, block), **dict(zip(("query_order", "key_order"), given, strict=True)))
+
+
+orderings = given(masks(), st.integers(0, 2**20), st.sampled_from(["q", "k", "qk"]))
+
+
+@many
+@orderings
+def test_an_ordered_support_is_the_mask_in_its_own_order(given_masks, seed, sides):
+    mask, _, block = given_masks
+    support = shuffled(mask, block, seed, sides)
+    groups, heads = mask.shape[:2]
+    assert torch.equal(support.dense(), mask)
+    assert torch.equal(support.attended(), mask.any(2))
+    assert torch.equal(support.per_query(), mask.sum(-1))
+    assert support.density()[0] == pytest.approx(float(mask.double().mean()), abs=1e-12)
+    assert torch.equal(support.transpose().dense(), mask.mT)
+    assert torch.equal(support.transpose().transpose().dense(), mask)
+    assert torch.equal(support.expand(2 * groups, 2 * heads).dense(), mask.repeat(2, 2, 1, 1))
+    assert same(support.unordered(), Support.from_mask(mask, block)) and not support.unordered().is_ordered
+
+
+@many
+@orderings
+def test_ordered_supports_are_combined_in_their_own_order(given_masks, seed, sides):
+    mask, other, block = given_masks
+    a, b, plain = shuffled(mask, block, seed, sides), shuffled(other, block, seed + 1), Support.from_mask(other, block)
+    for second in (b, plain):
+        assert same(a | second, Support.from_mask(mask | other, block))
+        assert same(second & a, Support.from_mask(mask & other, block))
+    whole = mask[:, :, : mask.shape[2] // block[0] * block[0]]
+    if whole.shape[2]:
+        joined = Support.join([shuffled(whole, block, seed, sides), a], dim=2)
+        assert same(joined, Support.from_mask(torch.cat([whole, mask], 2), block)) and not joined.is_ordered
+
+
+@many
+@orderings
+def test_places_stand_before_ordered_ones_in_the_same_way(given_masks, seed, sides):
+    mask, other, block = given_masks
+    for queries, keys, present in ((2, 2, other[0, :, 0]), (0, 3, None), (4, 0, None), (0, 0, None)):
+        plain = Support.from_mask(mask, block).extended(queries, keys, present)
+        grown = shuffled(mask, block, seed, sides).extended(queries, keys, present)
+        assert torch.equal(grown.dense(), plain.dense())
+        assert (grown.query_order is not None, grown.key_order is not None) == ("q" in sides, "k" in sides)
+
+
+@pytest.mark.parametrize("sides", ["q", "k", "qk"])
+@pytest.mark.parametrize("normaliser", ["softmax", "relu"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_attending_in_another_order_changes_nothing(impl, normaliser, sides):
+    """Values, LSE, map and gradients; two groups for four sequences, a row without keys, registers, sinks, a logit."""
+    g = torch.Generator().manual_seed(0)
+    for heads, n, m, block in ((3, 13, 11, (4, 3)), (1, 13, 11, (4, 3)), (3, 1, 1, (2, 2))):
+        mask = torch.rand(2, heads, n, m, generator=g) < 0.4
+        mask[:, :, n // 2] = False
+        plain, ordered = (x.extended(1, 2) for x in (Support.from_mask(mask, block), shuffled(mask, block, 5, sides)))
+        q = torch.randn(4, 3, plain.queries, 5, dtype=torch.float64, generator=g, requires_grad=True)
+        k, v = (torch.randn(4, 3, plain.keys, 5, dtype=torch.float64, generator=g, requires_grad=True) for _ in "kv")
+        sink = torch.randn(3, dtype=torch.float64, generator=g, requires_grad=True) if normaliser == "softmax" else None
+        results = []
+        for support in (plain, ordered):
+            if sink is None:
+                outputs = (block_sparse_attention(q, k, v, support, normaliser, impl=impl),)
+            else:
+                outputs = block_sparse_attention(q, k, v, support, normaliser, sink, return_lse=True, impl=impl)
+            weights = tuple(torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in outputs)
+            given = [x for x in (q, k, v, sink) if x is not None]
+            gradients = torch.autograd.grad(outputs, given, weights)
+            results.append([*outputs, attention_map(q, k, None, support, normaliser, sink), *gradients])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_an_order_and_a_bias_are_refused_together():
+    ordered = shuffled(torch.ones(1, 1, 4, 4, dtype=torch.bool), (2, 2), 0)
+    with pytest.raises(ValueError, match="takes no bias"):
+        replace(ordered, bias=torch.zeros(1, 1, 2, 2))

@@ -2,7 +2,9 @@
 
 Buckets are found by spherical k-means (Routing Transformer, arXiv:2003.05997; for video SVG2,
 arXiv:2505.18875), or by hashing with random directions (Reformer, arXiv:2001.04451, section 2): both put a place into
-the bucket of the centroid nearest in angle. A query takes the nearest centroid that some key has taken.
+the bucket of the centroid nearest in angle. A query takes the nearest centroid that some key has taken. Tokens are
+sorted by bucket, so that blocks of two other buckets are not computed; beside fixed patterns that hide pairs of tokens
+they stay where they are, and the buckets only hide more.
 """
 
 from typing import Literal
@@ -37,7 +39,9 @@ class Cluster(Chosen):
 
         # Points against centroids: once to choose these, twice a round (who belongs, and the means), once to assign.
         passes = 1 if self.method == "lsh" else 2 + 2 * self.iterations
-        return passes * setting.heads * linear_flops(2 * setting.places, setting.head_dim, self.clusters)
+        assigned = passes * linear_flops(2 * setting.places, setting.head_dim, self.clusters)
+        shared = linear_flops(setting.blocks, self.clusters + 1, setting.blocks)  # buckets that two blocks share
+        return setting.heads * (assigned + shared)
 
     def chooser(self, setting: Setting):
         from stgen.ops.clustering import random_directions, same_bucket, spherical_kmeans

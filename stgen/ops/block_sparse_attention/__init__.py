@@ -9,7 +9,7 @@ from stgen.ops import dispatch
 from stgen.ops.block_sparse_attention.gather import block_sparse_attention_gather
 from stgen.ops.block_sparse_attention.reference import block_sparse_attention_reference
 from stgen.ops.normaliser import Normaliser
-from stgen.ops.support import Support
+from stgen.ops.support import Support, sort, unsort
 
 Impl = Literal["auto", "reference", "gather"]
 IMPLS = {"reference": block_sparse_attention_reference, "gather": block_sparse_attention_gather}
@@ -60,6 +60,7 @@ def block_sparse_attention(
         q: [S, heads, n, D] queries.
         k, v: [S, heads, m, D] keys and values.
         support: which keys each query attends; sequence s takes group s % groups, its bias is added to the scores.
+            Queries and keys are sorted by its orders for the time of the computation.
         normaliser: a `Normaliser` or the name of its kind.
         sink: [heads] score of a further key that has no value.
         return_lse: also return the natural logarithm of the mass, the sink included; -inf where there is no mass.
@@ -89,9 +90,11 @@ def block_sparse_attention(
         impl = dispatch.block_sparse(q, k.shape[-2])  # type: ignore[assignment]
     if impl not in IMPLS:
         raise ValueError(f"impl should be auto, {' or '.join(IMPLS)}, got {impl!r}")
+    q, k, v = sort(q, support.query_order), sort(k, support.key_order), sort(v, support.key_order)
     with torch.autocast(kind, enabled=False):
-        out, lse = IMPLS[impl](q, k, v, support, normaliser, sink, return_lse)
-    return out if lse is None else (out, lse)
+        out, lse = IMPLS[impl](q, k, v, support.of_sorted, normaliser, sink, return_lse)
+    out = unsort(out, support.query_order)
+    return out if lse is None else (out, unsort(lse, support.query_order))
 
 
 def check_support(q: Tensor, k: Tensor, support: Support) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stgen.ops.support import ALL, SOME, Support
 
-CHUNK_BYTES = {"cpu": 1 << 21}  # of a chunk's scores; see the sweep in benchmarks/sparse_attention.py
+CHUNK_BYTES = {"cpu": 3 << 19}  # of a chunk's scores; see the sweep in benchmarks/sparse_attention.py
 ELSEWHERE = 1 << 27
 
 
@@ -29,19 +29,35 @@ class Chunk:
 @dataclass(frozen=True)
 class Plan:
     order: Tensor | None  # [rows] rows (sequence, head, query block) as sorted; None where that is their own order
-    chunks: list[Chunk]
+    filled: int  # rows, the first ones as sorted, that have a key block
+    chunks: list[Chunk]  # those of most blocks first, so that their scratch memory need not grow
     masks: Tensor  # [masks, block queries, block keys] bool, true where a key is hidden
 
     @staticmethod
     def of(support: Support, sequences: int, heads: int, itemsize: int) -> "Plan":
-        """The chunks of all rows that have a key block, longest first; `itemsize` is the bytes of a score."""
+        """The chunks of all rows that have a key block, made once for a support; `itemsize` is the bytes of a score."""
+        most = CHUNK_BYTES.get(support.device.type, ELSEWHERE) // (itemsize * support.block[0] * support.block[1])
+        key = (Plan, sequences, heads, most)
+        if key not in support.memo:
+            support.memo[key] = Plan._made(support, sequences, heads, most)
+        return support.memo[key]
+
+    @staticmethod
+    def _made(support: Support, sequences: int, heads: int, most: int) -> "Plan":
         groups, own_heads, nq, nk = support.table.shape
         table_row = torch.arange(groups * own_heads * nq, device=support.device).view(groups, own_heads, nq)
         table_row = table_row.repeat(sequences // groups, 1, 1).expand(sequences, heads, nq).flatten()  # [rows]
         counts, order = support.counts.flatten()[table_row].sort(descending=True, stable=True)
-        most = CHUNK_BYTES.get(support.device.type, ELSEWHERE) // (itemsize * support.block[0] * support.block[1])
-        chunks = list(_chunks(support, table_row[order], order // nq * nk, counts, most))
-        return Plan(None if bool((order[1:] > order[:-1]).all()) else order, chunks, _masks(support))
+        chunks = _chunks(support, table_row[order], order // nq * nk, counts, most)
+        chunks = sorted(chunks, key=lambda chunk: len(chunk.blocks), reverse=True)
+        order = None if bool((order[1:] > order[:-1]).all()) else order
+        return Plan(order, int((counts > 0).sum()), chunks, _masks(support))
+
+    def blank(self, like: Tensor) -> Tensor:
+        """For what the chunks write of each sorted row: zeros where there is no chunk."""
+        rows = torch.empty_like(like)
+        rows[self.filled :].zero_()
+        return rows
 
     def sort(self, rows: Tensor) -> Tensor:
         return rows if self.order is None else rows.index_select(0, self.order)

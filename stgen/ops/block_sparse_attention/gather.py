@@ -62,6 +62,7 @@ class _Task:
         self.stats = torch.promote_types(q.dtype, torch.float32)  # of what is added up
         self.scores_dtype, self.scale = scores_dtype, q.shape[-1] ** -0.5
         self.bias = None if support.bias is None else support.bias.detach().flatten().to(scores_dtype)
+        self.nothing = self.q.new_zeros(1, 1, 1)  # what `product` adds to
         self.buffers: dict[str, Tensor] = {}
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -80,16 +81,15 @@ class _Task:
         """scale * a b: [R, i, j] and [R, j, l] -> [R, i, l], in scratch memory or in a tensor."""
         if isinstance(out, str):
             out = self.scratch(out, (len(a), a.shape[1], b.shape[2]), a.dtype)
-        return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
+        return torch.baddbmm(self.nothing, a, b, beta=0, alpha=scale, out=out)
 
     def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x if x.dtype == dtype else self.scratch(name, tuple(x.shape), dtype).copy_(x)
 
-    def load(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, L * block keys, D] of a chunk."""
-        keys, values = self.take("keys", self.k, chunk.blocks), self.take("values", self.v, chunk.blocks)
-        shape = (chunk.rows.stop - chunk.rows.start, -1, keys.shape[-1])
-        return keys.view(shape), values.view(shape)
+    def load(self, blocks: Tensor, chunk: Chunk) -> Tensor:
+        """Keys or values [R, L * block keys, D] of a chunk, in the same memory, which is in cache: one after the other."""
+        rows = chunk.rows.stop - chunk.rows.start
+        return self.take("blocks", blocks, chunk.blocks).view(rows, -1, blocks.shape[-1])
 
     def scores(self, chunk: Chunk, keys: Tensor) -> Tensor:
         """[R, block queries, L * block keys]"""
@@ -117,12 +117,16 @@ class _Task:
 
     # ---- what kinds of weights do in their own way
 
-    def attend(self, chunk: Chunk, scores: Tensor, values: Tensor, out: Tensor) -> None:
+    def attend(self, chunk: Chunk, scores: Tensor, out: Tensor) -> None:
         """Write the rows of `out` [rows, block queries, D]. Takes the memory of the scores."""
         raise NotImplementedError
 
-    def derive(self, chunk: Chunk, scores: Tensor, values: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights, dO such that dV = weights^T dO, and dS of a chunk. Takes the memory of the scores."""
+    def d_sums(self, chunk: Chunk, d_out: Tensor) -> Tensor:
+        """Gradient [R, block queries, D] of weights V, from that of all outputs."""
+        return d_out[chunk.rows]
+
+    def derive(self, chunk: Chunk, scores: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and dS of a chunk. Takes the memory of the scores and of their gradient."""
         raise NotImplementedError
 
     def found(self, out: Tensor) -> tuple[Tensor, ...]:
@@ -146,17 +150,17 @@ class _Fused(_Task):
         super().__init__(q, k, v, support, plan, q.dtype)
         self.lowest = torch.finfo(q.dtype).min  # finite, so that rows without keys stay free of NaN
 
-    def attend(self, chunk: Chunk, scores: Tensor, values: Tensor, out: Tensor) -> None:
-        self.product(out[chunk.rows], self.weights(chunk, scores), values)
+    def attend(self, chunk: Chunk, scores: Tensor, out: Tensor) -> None:
+        weights = self.weights(chunk, scores)
+        self.product(out[chunk.rows], weights, self.load(self.v, chunk))
 
     def weights(self, chunk: Chunk, scores: Tensor) -> Tensor:
         return self.hide(chunk, torch.softmax(scores, -1, out=scores), 0)
 
-    def derive(self, chunk: Chunk, scores: Tensor, values: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights, d_out = self.weights(chunk, scores), d_out[chunk.rows]
-        d_scores = self.product("d_scores", d_out, values.mT)
-        torch._softmax_backward_data(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
-        return weights, d_out, d_scores
+    def derive(self, chunk: Chunk, scores: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.weights(chunk, scores)
+        torch._softmax_backward_data(d_weights, weights, -1, weights.dtype, grad_input=d_weights)
+        return weights, d_weights
 
 
 class _General(_Task):
@@ -179,7 +183,7 @@ class _General(_Task):
             self.level = normaliser.level(self.sink).contiguous()
             self.mass = normaliser.weight(self.sink, self.level)
 
-    def attend(self, chunk: Chunk, scores: Tensor, values: Tensor, out: Tensor) -> None:
+    def attend(self, chunk: Chunk, scores: Tensor, out: Tensor) -> None:
         """The same; writes the rows of mass and level too."""
         rows, normaliser = chunk.rows, self.normaliser
         if not normaliser.by_count:
@@ -190,7 +194,8 @@ class _General(_Task):
         if not normaliser.by_count:
             mass = weights.sum(-1, keepdim=True)
             self.mass[rows] = mass if self.sink is None else mass + normaliser.weight(self.sink[rows], level)
-        sums = self.product("sums", self.cast("weights", weights, self.q.dtype), values)
+        weights = self.cast("weights", weights, self.q.dtype)
+        sums = self.product("sums", weights, self.load(self.v, chunk))
         out[rows] = self.cast("sums stats", sums, self.stats).div_(_not_zero(self.mass[rows]))
 
     def lse(self) -> Tensor:
@@ -206,17 +211,21 @@ class _General(_Task):
         # delta = (dO . O - dLSE) / mass, whose first term comes with the chunks
         self.delta = torch.zeros_like(self.mass) if d_lse is None else -d_lse.unsqueeze(-1) * self.inverse
 
-    def derive(self, chunk: Chunk, scores: Tensor, values: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f and dO / mass of a chunk, so that dV = f^T (dO / mass), and dS = f' (dO V^T / mass - delta)."""
-        rows, level, dtype = chunk.rows, self.level[chunk.rows], self.q.dtype
-        d_out = d_out[rows] * self.inverse[rows]
+    def d_sums(self, chunk: Chunk, d_out: Tensor) -> Tensor:
+        """dO / mass, for the weights are f; writes the rows of delta too."""
+        rows = chunk.rows
+        d_sums = d_out[rows] * self.inverse[rows]
         if not self.normaliser.by_count:  # whose mass does not depend on the scores
-            self.delta[rows] += (d_out * self.out[rows]).sum(-1, keepdim=True)
-        d_out = d_out.to(dtype)
+            self.delta[rows] += (d_sums * self.out[rows]).sum(-1, keepdim=True)
+        return d_sums.to(self.q.dtype)
+
+    def derive(self, chunk: Chunk, scores: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """f and dS = f' (df - delta)"""
+        rows, level, dtype = chunk.rows, self.level[chunk.rows], self.q.dtype
         weights = self.normaliser.weight(scores, level, out=scores)
-        d_scores = self.cast("d_scores stats", self.product("d_scores", d_out, values.mT), self.stats)
+        d_scores = self.cast("d_scores stats", d_weights, self.stats)
         d_scores.sub_(self.delta[rows]).mul_(self.normaliser.slope(scores, level, weights))
-        return self.cast("weights", weights, dtype), d_out, self.cast("d_scores", d_scores, dtype)
+        return self.cast("weights", weights, dtype), self.cast("d_weights", d_scores, dtype)
 
     def d_sink(self) -> Tensor | None:
         """[heads]: the sink is a key without value."""
@@ -245,10 +254,9 @@ class _Gather(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         plan = Plan.of(support, q.shape[0], q.shape[1], q.element_size())
         task = _task(q, k, v, support, plan, normaliser, sink, with_lse)
-        out = torch.zeros_like(task.q)  # [rows, block queries, D]
+        out = plan.blank(task.q)  # [rows, block queries, D]
         for chunk in plan.chunks:
-            keys, values = task.load(chunk)
-            task.attend(chunk, task.scores(chunk, keys), values, out)
+            task.attend(chunk, task.scores(chunk, task.load(task.k, chunk)), out)
         ctx.save_for_backward(q, k, v, sink, *task.found(out))
         ctx.options = support, plan, normaliser, with_lse
         return _joined(plan.unsort(out), q), _joined(plan.unsort(task.lse()), q) if with_lse else None
@@ -261,15 +269,17 @@ class _Gather(torch.autograd.Function):
         d_lse = None if d_lse is None else plan.sort(_cut(d_lse, support.block[0]))
         task = _task(q, k, v, support, plan, normaliser, sink, with_lse)
         task.resume(d_lse, found)
-        d_q, d_k, d_v = torch.zeros_like(task.q), task.zeros(task.k), task.zeros(task.v)
+        d_q, d_k, d_v = plan.blank(task.q), task.zeros(task.k), task.zeros(task.v)
         d_bias = None if task.bias is None else task.zeros(task.bias)
         for chunk in plan.chunks:
-            keys, values = task.load(chunk)
-            weights, d_out_c, d_scores = task.derive(chunk, task.scores(chunk, keys), values, d_out)
-            # The chunk's values have done their part: their memory takes the sums.
-            task.add(d_v, chunk, task.product("values", weights.mT, d_out_c))
-            task.add(d_k, chunk, task.product("values", d_scores.mT, task.q[chunk.rows], task.scale))
+            d_sums = task.d_sums(chunk, d_out)
+            d_weights = task.product("d_weights", d_sums, task.load(task.v, chunk).mT)
+            keys = task.load(task.k, chunk)
+            weights, d_scores = task.derive(chunk, task.scores(chunk, keys), d_weights)
             task.product(d_q[chunk.rows], d_scores, keys, task.scale)
+            # The chunk's keys have done their part: their memory takes the sums.
+            task.add(d_k, chunk, task.product("blocks", d_scores.mT, task.q[chunk.rows], task.scale))
+            task.add(d_v, chunk, task.product("blocks", weights.mT, d_sums))
             if d_bias is not None:
                 by_block = d_scores.unflatten(-1, (-1, support.block[1]))
                 d_bias.index_add_(0, chunk.pairs, by_block.sum((1, 3), dtype=task.stats).flatten())
