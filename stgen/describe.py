@@ -6,6 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stgen import build, codec, flops, schema
+from stgen.attention.pattern import Remade
+from stgen.attention.selection import causal_outside
 from stgen.build import Parts
 from stgen.flops import readable
 from stgen.ops.cost import Work
@@ -67,7 +69,9 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
         _layer(i, block, layer, grid, length)
         for i, (block, layer) in enumerate(zip(transformer.blocks, cfg.model.layers, strict=True))
     ]
-    return "\n".join([describe(cfg, parts, grid, work, device), memory, "plan", *layers])
+    unused = sorted(cfg.model.mixers.keys() - set(cfg.model.mixer_names))
+    note = [f"not in the plan: mixer {', '.join(unused)}"] if unused else []
+    return "\n".join([describe(cfg, parts, grid, work, device), memory, "plan", *layers, *note])
 
 
 def _layer(i: int, block, layer, grid: Grid, text_tokens: int) -> str:
@@ -82,26 +86,45 @@ def mixer_words(mixer, grid: Grid) -> str:
     """A mixer in words: its sequences, and for each run of heads what is not plain dense softmax."""
     use = mixer.use
     if use.takes == "output":
-        return f"{use.name}: output of an earlier layer"
+        return f"{use.name}: output of layer {use.source_layer}"
     count, length = mixer.runs[0].layout.sequence(grid)
-    taken = f", {use.takes} of an earlier layer" if use.source is not None else ""
-    return f"{use.name}: {count} sequences of {length}{taken}{''.join(_run_words(run, grid) for run in mixer.runs)}"
+    taken = f", {use.takes} of layer {use.source_layer}" if use.source is not None else ""
+    runs = "".join(_run_words(run, grid) for run in mixer.runs)
+    return f"{use.name}: {count} sequence{'s' * (count > 1)} of {length}{taken}{runs}"
 
 
 def _run_words(run, grid: Grid) -> str:
     group, words = run.group, []
-    if group.pattern.kind != "full":
+    if isinstance(group.pattern, Remade):
+        words.append(pattern_words(group.pattern))
+    elif group.pattern.kind != "full":
         pairs, blocks = run.density(grid)
-        words.append(f"{pattern_words(group.pattern)} ({pairs:.0%} of pairs, {blocks:.0%} of blocks)")
-    words += [group.normaliser.kind] if group.normaliser.kind != "softmax" else []
-    words += [f"{group.sink.kind} sink"] if group.sink.kind != "none" else []
-    which = f" heads {group.first}-{group.first + group.count - 1}" if group.count < run.use.heads else ""
-    return f",{which} {', '.join(words)}" if words else ""
+        words.append(f"{pattern_words(group.pattern)}: {pairs:.0%} of pairs, {blocks:.0%} of blocks")
+    words += [section_words(group.normaliser)] if group.normaliser.kind != "softmax" else []
+    words += [f"sink {section_words(group.sink)}"] if group.sink.kind != "none" else []
+    last = group.first + group.count - 1
+    which = f" head{'s' * (group.count > 1)} {group.first}{f'-{last}' * (group.count > 1)}"
+    return f",{which * (group.count < run.use.heads)} {', '.join(words)}" if words else ""
 
 
 def pattern_words(pattern) -> str:
-    """`local + global` for a union, `causal & local` for an intersection."""
-    if pattern.kind in ("any", "all"):
-        sign = " + " if pattern.kind == "any" else " & "
-        return "(" + sign.join(pattern_words(part) for part in getattr(pattern, pattern.kind)) + ")"
-    return pattern.kind
+    """`local (radius 2) + global (frames 1)` for a union, `causal & local (radius 2)` for an intersection."""
+    return _joined_words(causal_outside(pattern))
+
+
+def _joined_words(pattern) -> str:
+    if pattern.kind not in ("any", "all"):
+        return section_words(pattern)
+    parts = [_joined_words(part) for part in getattr(pattern, pattern.kind)]
+    return parts[0] if len(parts) == 1 else "(" + (" + " if pattern.kind == "any" else " & ").join(parts) + ")"
+
+
+def section_words(section) -> str:
+    """A section's kind with its settings; those that are words are left out where they are the default."""
+    said = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        quiet = isinstance(value, str | bool | None) or name == "seed"
+        if name != "kind" and value is not None and not (quiet and value == field.default):
+            said.append(f"{name} {list(value) if isinstance(value, tuple) else value}")
+    return section.kind + (f" ({', '.join(said)})" if said else "")

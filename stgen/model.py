@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stgen.attention import plan as plan_grammar
 from stgen.attention import reuse
-from stgen.attention.spec import AttentionMixer
+from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer
 from stgen.blocks import Block, modulate
 from stgen.ops.cost import Work, linear_flops
 from stgen.tokens import Grid, grid_of, patchify, rope_tables, sincos_positions, unpatchify
@@ -208,4 +208,5 @@ class VideoTransformer(ModelMixin, ConfigMixin):
 
 def spec_of(name: str, mixers: dict[str, dict[str, Any]]) -> AttentionMixer:
     """The mixer that a plan's name stands for: as written, else the layout of that name."""
-    return AttentionMixer.model_validate(mixers.get(name, {"layout": name}))
+    named = {"layout": name} if name in PLAIN_LAYOUTS else {}
+    return AttentionMixer.model_validate({**named, **mixers.get(name, {})})

@@ -142,7 +142,8 @@ class VideoPipeline(DiffusionPipeline):
             raise PipelineError(f"{num_frames} frames of {height}x{width}: {error}") from None
         if trained.positions == "learned" and grid != Grid(*trained.grid):
             raise PipelineError(
-                f"{num_frames} frames of {height}x{width}: learned positions hold for the training size alone"
+                f"{num_frames} frames of {height}x{width}: learned positions hold for the training size alone; "
+                "leave the size out, or train with tokens.positions: rope"
             )
         return shape
 

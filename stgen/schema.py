@@ -13,6 +13,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -21,7 +22,7 @@ from stgen.attention import reuse
 from stgen.attention.pattern import Extent3D, Fraction, Remade, Section
 from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
-from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer
+from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer, check_heads
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -156,13 +157,25 @@ class Model(Section):
     plan: str = "spatial temporal"
     """How mixers are arranged over depth: `a b` layers, `a*3` repetition, `a>b` in turn, `a+b` added, `a|b` heads split."""
     mixers: dict[str, AttentionMixer] = {}
-    """Mixers by the names that the plan uses; joint, spatial, temporal, height and width exist without being written."""
+    """Mixers by the names that the plan uses; joint, spatial, temporal, height and width exist without being written, and
+    an entry of such a name has that layout unless it says another."""
     mlp: MLP = MLP()
     """The feed-forward network of a layer."""
     qk_norm: bool = True
     """RMS-normalise queries and keys per head."""
     registers: NonNegativeInt = 0
     """Learned global tokens in every sequence of every layer: all see them and they see all; dropped at the head."""
+
+    @field_validator("mixers")
+    @classmethod
+    def _layout_by_name(cls, mixers):
+        """An entry called temporal, say, that names no layout has that one."""
+        return {
+            name: mixer.model_copy(update={"layout": name})
+            if name in PLAIN_LAYOUTS and "layout" not in mixer.model_fields_set
+            else mixer
+            for name, mixer in mixers.items()
+        }
 
     @model_validator(mode="after")
     def _plan_fits(self):
@@ -189,6 +202,8 @@ class Model(Section):
         for use in (use for layer in uses for term in layer for branch in term for use in branch):
             try:
                 groups = use.keys.head_groups(use.heads)
+                for group in groups:
+                    check_heads(use.keys, group.pattern, group.normaliser, group.sink)
             except ValueError as error:
                 raise ValueError(f"mixers.{use.name}.{error}") from None
             for leaf in (leaf for group in groups for leaf in leaves(group.pattern)) if self.registers else ():

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from stgen.attention import layout, normalisers
-from stgen.attention.pattern import Remade, Setting
+from stgen.attention.pattern import PatternError, Remade, Setting
 from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
@@ -58,8 +58,8 @@ class Heads(nn.Module):
         setting = self.setting(grid)
         self.sink = Sink(group.sink, group.normaliser, group.count, head_dim, weighs=use.takes != "map")
         if self.sink.count > setting.places:
-            raise ValueError(
-                f"mixers.{use.name}.sink: {self.sink.count} tokens are more than the {setting.places} places of a "
+            raise PatternError(
+                f"sink: {self.sink.count} tokens are more than the {setting.places} places of a "
                 f"sequence; write count: {setting.places} or less"
             )
         seed = torch.initial_seed() + 64 * use.number + group.first
@@ -209,7 +209,7 @@ class Heads(nn.Module):
             setting = self.setting(grid)
             share = self.group.pattern.flops(setting) / attention_flops(setting.places, setting.places, setting.width)
             return share, share
-        return (1.0, 1.0) if self.is_dense else self.selection.density(grid)
+        return (1.0, 1.0) if self.is_dense else self.selection.density(grid, self.setting(grid))
 
 
 class Mixer(nn.Module):
@@ -219,7 +219,10 @@ class Mixer(nn.Module):
         super().__init__()
         self.use = use
         runs = use.keys.head_groups(use.heads) if use.takes != "output" else []
-        self.runs: Any = nn.ModuleList(Heads(use, run, head_dim, grid, registers) for run in runs)
+        try:
+            self.runs: Any = nn.ModuleList(Heads(use, run, head_dim, grid, registers) for run in runs)
+        except PatternError as error:
+            raise PatternError(f"mixers.{use.name}.{error}") from None
 
     def forward(self, q: Any, k: Any, v: Any, grid: Grid, carry: Carry) -> tuple[Tensor, Kept]:
         """q, k, v [B, N, heads, D], None where it needs none -> its heads' output, and what it leaves."""

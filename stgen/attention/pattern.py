@@ -62,6 +62,10 @@ class Frame:
     layer: int  # number of the layer, from 0
 
 
+class PatternError(ValueError):
+    """A pattern that does not fit the sequences it is given; one sentence that says what to do."""
+
+
 class Pattern(Section):
     """Which keys each query may attend. A pattern is one file of `stgen.attention.patterns`, one subclass of this."""
 
@@ -77,6 +81,11 @@ class Fixed(Pattern):
     def allows(self, q: Sites, k: Sites, frame: Frame) -> Tensor:
         """Bool tensor, true where the query at `q` may attend the key at `k`."""
         raise NotImplementedError
+
+
+def kept_share(ratio: float, number: int) -> float:
+    """Share of `number` that is kept of them at a ratio: rounded down, but at least one."""
+    return max(1, int(ratio * number + 1e-9)) / number
 
 
 @dataclass(frozen=True)
@@ -106,9 +115,8 @@ class Chosen(Pattern):
 
     sees_all_queries: ClassVar[bool] = False  # what one query keeps depends on other queries: never causal
 
-    @property
-    def share(self) -> float:
-        """Share of the allowed pairs that is kept, about; what costs are counted with."""
+    def shares(self, setting: Setting) -> tuple[float, float]:
+        """Share of the allowed pairs that is kept, about, and share of the pairs of blocks that is then computed."""
         raise NotImplementedError
 
     def choosing_flops(self, setting: Setting) -> int:

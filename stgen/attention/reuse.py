@@ -32,6 +32,7 @@ class Use:
     heads: int  # the mixer's share
     turn: int  # how often the plan has used this mixer before
     source: int | None = None  # the use that it takes `keys.reuse.what` from
+    source_layer: int | None = None
     lends: frozenset[str] = frozenset()  # what later uses take from it
 
     @property
@@ -73,7 +74,8 @@ def place(layers: tuple[Layer, ...], mixers: Mapping[str, AttentionMixer], heads
                     turn = sum(use.name == name for use in uses)
                     uses.append(Use(len(uses), i, name, mixers[name], heads // len(branch), turn))
     for i, use in enumerate(uses):
-        uses[i] = replace(use, source=_source(use, uses, len(layers)))
+        if (source := _source(use, uses, len(layers))) is not None:
+            uses[i] = replace(use, source=source.number, source_layer=source.layer)
     _check_some_take(uses)
     for use in list(uses):
         if use.source is not None:
@@ -86,15 +88,15 @@ def place(layers: tuple[Layer, ...], mixers: Mapping[str, AttentionMixer], heads
     )
 
 
-def _source(use: Use, uses: list[Use], depth: int) -> int | None:
-    """Number of the use that this one takes from, None where it computes for itself."""
+def _source(use: Use, uses: list[Use], depth: int) -> Use | None:
+    """The use that this one takes from, None where it computes for itself."""
     reuse = use.keys.reuse
     if reuse.what == "none":
         return None
     if reuse.source is None:
         first = use.turn - use.turn % reuse.period
         same = [other for other in uses if other.name == use.name]
-        return None if use.turn == first else _fit(use, same[first]).number
+        return None if use.turn == first else _fit(use, same[first])
     if reuse.source >= depth:
         raise ValueError(
             f"mixers.{use.name}.reuse: source {reuse.source} is no layer of the plan, which has 0 to {depth - 1}"
@@ -103,7 +105,7 @@ def _source(use: Use, uses: list[Use], depth: int) -> int | None:
         return None
     there = [other for other in uses if other.layer == reuse.source]
     alike = [o for o in there if o.name == use.name] or [o for o in there if o.keys.layout == use.keys.layout] or there
-    return _fit(use, alike[0]).number
+    return _fit(use, alike[0])
 
 
 def _fit(use: Use, source: Use) -> Use:
@@ -111,7 +113,8 @@ def _fit(use: Use, source: Use) -> Use:
     what, key = use.keys.reuse.what, f"mixers.{use.name}.reuse"
     if source.heads != use.heads:
         raise ValueError(
-            f"{key}: {what} of {source.heads} heads in layer {source.layer} cannot serve {use.heads} in layer {use.layer}"
+            f"{key}: {what} of {source.heads} heads in layer {source.layer} cannot serve {use.heads} in layer {use.layer}; "
+            "name a source with as many"
         )
     if source.source is not None:
         raise ValueError(
@@ -136,6 +139,8 @@ def _fit(use: Use, source: Use) -> Use:
 def _check_some_take(uses: list[Use]) -> None:
     for use in uses:
         if use.keys.reuse.what != "none" and not any(o.source is not None for o in uses if o.name == use.name):
+            reuse = use.keys.reuse
+            reason = f"after layer {reuse.source}" if reuse.source is not None else "often enough"
             raise ValueError(
-                f"mixers.{use.name}.reuse: the plan uses {use.name} too seldom for any layer to take from another"
+                f"mixers.{use.name}.reuse: no layer takes from another, since the plan does not use {use.name} {reason}"
             )

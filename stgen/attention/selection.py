@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stgen.attention.layout import Layout, places
-from stgen.attention.pattern import Chosen, Fixed, Frame, Pattern, Setting, Sites
+from stgen.attention.pattern import Chosen, Fixed, Frame, Pattern, PatternError, Setting, Sites
 from stgen.attention.patterns import AllOf, AnyOf, is_fixed, leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
@@ -72,26 +72,30 @@ class Selection(nn.Module):
         key = (grid, torch.device(device), pattern.model_dump_json(), extended)
         if key not in self._known:
             support = build(pattern, self.layout, self.setting.tile, grid, self.setting.layer, device)
+            if not support.kept.any():
+                raise PatternError(
+                    f"pattern: {pattern.kind} leaves no query a key on the grid {grid}; does it name tokens of that grid?"
+                )
             self._known[key] = self._extended(support, grid) if extended else support
         return self._known[key]
 
     # ------------------------------------------------------------------------------------------------------- cost
 
-    def density(self, grid: Grid) -> tuple[float, float]:
+    def density(self, grid: Grid, setting: Setting) -> tuple[float, float]:
         """Share of the pairs of tokens kept and of the pairs of blocks computed; about, where the data choose."""
-        return self._about(self.pattern, grid, 0), self._about(self.pattern, grid, 1)
+        return self._about(self.pattern, grid, setting, 0), self._about(self.pattern, grid, setting, 1)
 
-    def _about(self, pattern: Pattern, grid: Grid, which: int) -> float:
+    def _about(self, pattern: Pattern, grid: Grid, setting: Setting, which: int) -> float:
         """Parts of a union and of an intersection are taken as independent where the data choose."""
         if is_fixed(pattern):
             own, every = (self.fixed(p, grid, "cpu", extended=True) for p in (pattern, EVERY))
             return own.density()[1] if which else own.density()[0] / every.density()[0]
         if isinstance(pattern, AnyOf):
-            return 1 - math.prod(1 - self._about(part, grid, which) for part in pattern.any)
+            return 1 - math.prod(1 - self._about(part, grid, setting, which) for part in pattern.any)
         if isinstance(pattern, AllOf):
-            return math.prod(self._about(part, grid, which) for part in pattern.all)
+            return math.prod(self._about(part, grid, setting, which) for part in pattern.all)
         assert isinstance(pattern, Chosen)
-        return pattern.share
+        return pattern.shares(setting)[which]
 
     def choosing_flops(self, setting: Setting) -> int:
         """Operations of choosing for one sequence."""
@@ -116,7 +120,7 @@ def build(
 
     def allows(rows: Tensor) -> Tensor:
         both = filled[:, rows, None] & filled[:, None]
-        return both & allowed(pattern, sites(rows, 2), keys, frame)
+        return both & predicate(pattern, sites(rows, 2), keys, frame)
 
     n = where.shape[1]
     return Support.from_predicate(allows, n, n, (per_block, per_block), len(where), device)
@@ -129,13 +133,13 @@ def frame_of(layout: Layout, block: tuple[int, int, int], grid: Grid, layer: int
     return Frame((grid.t, grid.h, grid.w), (t, h, w), blocks, layer)
 
 
-def allowed(pattern: Pattern, q: Sites, k: Sites, frame: Frame) -> Tensor:
+def predicate(pattern: Pattern, q: Sites, k: Sites, frame: Frame) -> Tensor:
     """The predicate of a fixed pattern, union or intersection."""
     match pattern:
         case AnyOf(any=parts):
-            return reduce(or_, [allowed(part, q, k, frame) for part in parts])
+            return reduce(or_, [predicate(part, q, k, frame) for part in parts])
         case AllOf(all=parts):
-            return reduce(and_, [allowed(part, q, k, frame) for part in parts])
+            return reduce(and_, [predicate(part, q, k, frame) for part in parts])
         case Fixed():
             return pattern.allows(q, k, frame)
     raise TypeError(f"{pattern.kind} is no fixed pattern")

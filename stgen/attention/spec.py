@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from stgen.attention.pattern import Extent3D, Offset3D, Section
-from stgen.attention.patterns import AnyOf, Chosen, Fixed, Pattern, PatternKeys, Remade, leaves
+from stgen.attention.patterns import AnyOf, Chosen, Pattern, PatternKeys, Remade, leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
 
@@ -104,7 +104,7 @@ class Reuse(Section):
     """Taken from an earlier layer: the map (its weights, with this layer's values), keys and values, the support
     (which keys are attended), or the heads' output."""
     every: Annotated[int, Field(ge=2)] | None = None
-    """Of every so many uses of the mixer the first computes and the others take from it; null with `source`: 2."""
+    """Of every so many uses of the mixer the first computes and the others take from it; null: 2, unless source is given."""
     source: NonNegativeInt | None = None
     """Take from this layer instead, counted from 0; layers up to it compute for themselves."""
 
@@ -181,10 +181,11 @@ class AttentionMixer(Section):
         for i, one in enumerate(ranges):
             if any(set(one) & set(other) for other in ranges[:i]):
                 raise ValueError(f"heads: {list(self.heads)[i]!r} names heads that another entry has named")
-        _check_heads(self, self.pattern, self.normaliser, self.sink)
+        if not self.heads:  # else the model judges what its heads do in the end
+            check_heads(self, self.pattern, self.normaliser, self.sink)
         for text, keys in self.heads.items():
             try:
-                _check_heads(self, *(getattr(keys, k) or getattr(self, k) for k in ("pattern", "normaliser", "sink")))
+                check_heads(self, *(getattr(keys, k) or getattr(self, k) for k in ("pattern", "normaliser", "sink")))
             except ValueError as error:
                 raise ValueError(f"heads.{text}.{error}") from None
         return self
@@ -228,11 +229,10 @@ def _check_window(mixer: AttentionMixer) -> None:
         raise ValueError(f"shift {list(mixer.shift)} must be smaller than size {list(mixer.size)} on every axis")
 
 
-def _check_heads(mixer: AttentionMixer, pattern: Pattern, normaliser: Normaliser, sink: Sink) -> None:
+def check_heads(mixer: AttentionMixer, pattern: Pattern, normaliser: Normaliser, sink: Sink) -> None:
     """Raise ValueError, one sentence that says what to write instead, for a choice of rooms without meaning."""
     parts = leaves(pattern)
     _check_pattern(mixer, pattern, parts)
-    name = parts[0].kind
     if isinstance(sink, LogitSink) and isinstance(normaliser, Relu | Relu2 | Linear):
         raise ValueError(
             f"sink: a logit is mass in a softmax, but {normaliser.kind} divides by "
@@ -246,9 +246,15 @@ def _check_heads(mixer: AttentionMixer, pattern: Pattern, normaliser: Normaliser
                 f"normaliser: linear sums over all keys and cannot leave out those that {other[0]} does; write pattern: "
                 "full or causal, or narrow the layout to a window"
             )
-        if mixer.order != "raster" and any(isinstance(part, Causal) for part in parts):
+        causal = any(isinstance(part, Causal) for part in parts)
+        if mixer.order != "raster" and causal:
             raise ValueError("order: causal linear attention sums frame by frame; write raster")
-    _check_reuse(mixer.reuse, parts, normaliser, name)
+        if normaliser.features == "favor" and causal:
+            raise ValueError(
+                "normaliser: favor scales keys by the largest of a sequence, future ones included; under causal write "
+                "features: elu, relu or learned"
+            )
+    _check_reuse(mixer.reuse, parts, normaliser)
 
 
 def _check_pattern(mixer: AttentionMixer, pattern: Pattern, parts: list[Pattern]) -> None:
@@ -271,13 +277,12 @@ def _check_pattern(mixer: AttentionMixer, pattern: Pattern, parts: list[Pattern]
             )
 
 
-def _check_reuse(reuse: Reuse, parts: list[Pattern], normaliser: Normaliser, name: str) -> None:
+def _check_reuse(reuse: Reuse, parts: list[Pattern], normaliser: Normaliser) -> None:
     if reuse.what in ("map", "support") and isinstance(normaliser, Linear):
         raise ValueError(f"reuse: linear attention has no {reuse.what}; write what: kv or output")
-    if reuse.what in ("map", "support") and isinstance(parts[0], Remade):
-        raise ValueError(f"reuse: {name} attends keys of its own, so its {reuse.what} fits no other layer; write kv")
+    if reuse.what in ("map", "support") and isinstance(parts[0], Remade):  # which stands alone
+        raise ValueError(
+            f"reuse: {parts[0].kind} attends keys of its own, so its {reuse.what} fits no other layer; write kv"
+        )
     if reuse.what == "support" and all(isinstance(part, Full) for part in parts):
         raise ValueError("reuse: full attention has no support to reuse; write what: map, kv or output")
-
-
-__all__ = ["PLAIN_LAYOUTS", "AttentionMixer", "Fixed", "HeadGroup", "Reuse"]

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from stgen import flops
 from stgen.attention import plan as plan_grammar
 from stgen.attention.attend import Heads, Mixer
+from stgen.attention.pattern import Remade
 from stgen.attention.spec import NoSink
-from stgen.describe import pattern_words
+from stgen.describe import pattern_words, section_words
 from stgen.flops import readable
 from stgen.lab import pictures
 from stgen.lab.inspect_masks import Chosen, Drawing, draw, mixers_of, runs_of
@@ -64,12 +64,24 @@ def _rows(transformer: VideoTransformer, grid: Grid, examples: dict[int, Chosen]
     ):
         layer, use = mixer.use.layer, mixer.use
         if use.takes == "output":
-            notes.setdefault(f"{use.name} takes the output of an earlier layer and computes nothing", []).append(layer)
+            notes.setdefault(
+                f"{use.name} takes the output of layer {use.source_layer} and computes nothing", []
+            ).append(layer)
         for heads in runs_of(mixer):
             own = slice(heads.group.first, heads.group.first + heads.group.count)
             chosen = examples.get(number)
             drawing = draw(heads, grid, None if chosen is None else (chosen[0][:, :, own], chosen[1][:, :, own]))
-            key = (str(terms[layer]), use.name, use.takes, use.shift, own.start, own.stop, _bytes(drawing))
+            key = (
+                str(terms[layer]),
+                use.name,
+                use.takes,
+                use.source,
+                use.lends,
+                use.shift,
+                own.start,
+                own.stop,
+                _bytes(drawing),
+            )
             if key not in rows:
                 density = heads.density(grid)
                 rows[key] = Row(str(terms[layer]), mixer, heads, heads.work(grid), density, drawing, [])
@@ -94,7 +106,11 @@ def _row_words(row: Row, grid: Grid) -> str:
         f"mixer {row.mixer.use.name}{_heads_words(row.heads)}",
         f"{sequences} sequence{'s' * (sequences > 1)} of {length}",
     ]
-    words += [*_kinds(row.heads), f"{percent(pairs)} of pairs, {percent(blocks)} of blocks"]
+    own = isinstance(row.heads.group.pattern, Remade)
+    words += [
+        *_kinds(row.heads),
+        "keys of its own" if own else f"{percent(pairs)} of pairs, {percent(blocks)} of blocks",
+    ]
     return "   ·   ".join(words)
 
 
@@ -109,26 +125,12 @@ def _heads_words(heads: Heads) -> str:
 def _kinds(heads: Heads) -> list[str]:
     """Pattern, normaliser, sink and reuse of some heads, with the settings that make them."""
     group, use = heads.group, heads.use
-    words = [_pattern_words(group.pattern), group.normaliser.kind]
-    words += [f"{group.sink.kind} sink"] if not isinstance(group.sink, NoSink) else []
+    words = [pattern_words(group.pattern), section_words(group.normaliser)]
+    words += [f"sink {section_words(group.sink)}"] if not isinstance(group.sink, NoSink) else []
     words += [f"window {list(use.keys.size)}, shift {list(use.shift)}"] if use.keys.size else []
-    words += [f"takes its {use.takes} from an earlier layer"] if use.source is not None else []
+    words += [f"takes its {use.takes} from layer {use.source_layer}"] if use.source is not None else []
     words += [f"lends {', '.join(sorted(use.lends))} to later layers"] if use.lends else []
     return words
-
-
-def _pattern_words(pattern: Any) -> str:
-    """The kinds, and the settings of a pattern that stands alone or of each part."""
-    if pattern.kind in ("any", "all"):
-        sign = " + " if pattern.kind == "any" else " & "
-        return "(" + sign.join(_pattern_words(part) for part in getattr(pattern, pattern.kind)) + ")"
-    given = pattern.model_dump(exclude={"kind"}, exclude_defaults=True)
-    settings = ", ".join(f"{name} {_plain(value)}" for name, value in given.items())
-    return pattern_words(pattern) + (f" ({settings})" if settings else "")
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _plan_words(
@@ -147,8 +149,7 @@ def _plan_words(
                 f"{group.first}-{group.first + group.count - 1}" if group.count > 1 else str(group.first),
                 f"{sequences} x {length}",
                 ", ".join(_kinds(row.heads)),
-                percent(row.density[0]),
-                percent(row.density[1]),
+                *("-" if isinstance(group.pattern, Remade) else percent(share) for share in row.density),
                 readable(row.work.executed),
                 readable(row.work.dense),
             )

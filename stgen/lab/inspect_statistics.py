@@ -20,7 +20,7 @@ from stgen.attention.layout import Layout, places
 from stgen.attention.pattern import Sites
 from stgen.attention.patterns import is_fixed
 from stgen.attention.reuse import Kept, Use
-from stgen.attention.selection import allowed, frame_of
+from stgen.attention.selection import frame_of, predicate
 from stgen.lab.inspect_masks import Chosen, mixers_of, runs_of, support_rows
 from stgen.model import VideoTransformer
 from stgen.objective import Objective
@@ -154,7 +154,7 @@ def _allowed(heads: Heads, folded: list[Tensor], grid: Grid, sample: Sample, tak
         block = sample.order // math.prod(frame.block)
         places = torch.cat([sample.where, block.unsqueeze(-1)], dim=-1)  # [s, n, 4]
         q, k = places[:, sample.rows].unsqueeze(2), places.unsqueeze(1)
-        kept = allowed(heads.selection.pattern, Sites(*q.unbind(-1)), Sites(*k.unbind(-1)), frame)
+        kept = predicate(heads.selection.pattern, Sites(*q.unbind(-1)), Sites(*k.unbind(-1)), frame)
         return both & kept.expand(both[:, 0].shape).unsqueeze(1)
     support = heads.selection(*folded, grid) if taken is None else taken
     length = folded[0].shape[2]

@@ -31,7 +31,9 @@ def test_a_shipped_variant_differs_from_its_base_in_one_key_and_varies_something
         changed = {key.partition(": ")[0] for key in config.differences(base.cfg, cell.cfg)}
         assert all(key.startswith(cell.key) for key in changed) and changed, cell.name
         model, _ = model_of(cell.cfg)
-        runs = [run for block in model.blocks for attention in block.attentions for m in attention.mixers for run in m.runs]
+        runs = [
+            run for block in model.blocks for attention in block.attentions for m in attention.mixers for run in m.runs
+        ]
         if cell.key.endswith("pattern"):
             assert all(run.density(grid)[0] < 0.999 for run in runs), f"{cell.name} keeps every pair, as full does"
         if cell.key == "model.plan":

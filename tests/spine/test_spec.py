@@ -15,6 +15,7 @@ FAULTS = {
     "{layout: temporal, normaliser: off_by_one, sink: logit}": "off_by_one is softmax with a logit sink fixed at 0",
     "{normaliser: linear, pattern: {kind: local, radius: 1}}": "model.mixers.a.normaliser: linear sums over all keys and "
     "cannot leave out those that local does",
+    "{normaliser: {kind: linear, features: favor}, pattern: causal}": "favor scales keys by the largest of a sequence",
     "{normaliser: linear, pattern: causal, order: tile}": "model.mixers.a.order: causal linear attention sums frame by frame",
     "{normaliser: linear, reuse: {what: map}}": "model.mixers.a.reuse: linear attention has no map; write what: kv or output",
     "{normaliser: {kind: linear, features: elu, size: 8}}": "size belongs to features favor and learned",
@@ -57,9 +58,10 @@ def test_a_choice_without_meaning_is_one_sentence(mixer):
 
 
 def test_reuse_that_has_nowhere_to_take_from():
-    assert "uses a too seldom for any layer to take from another" in fault(
+    assert "no layer takes from another, since the plan does not use a often enough" in fault(
         "{reuse: {what: kv}}", "model.plan=a spatial*3"
     )
+    assert "since the plan does not use a after layer 3" in fault("{reuse: {what: kv, source: 3}}")
     assert "kv of 2 heads in layer 0 cannot serve 4 in layer 1" in fault(
         "{reuse: {what: kv, source: 0}}", "model.plan=a|spatial a*3"
     )
@@ -81,6 +83,7 @@ def test_registers_refuse_what_they_would_break():
         TILED + ", pattern: {all: [causal, {kind: topk, level: token}]}}",
         '{heads: {"0-1": {pattern: {kind: local, radius: 1}}, "2-3": {normaliser: relu}}}',
         "{layout: temporal, sink: {kind: tokens, count: 2}, reuse: {what: map, every: 4}}",
+        '{pattern: topk, normaliser: linear, heads: {"0-3": {pattern: full}}}',  # no head has the pair
         "{normaliser: {kind: linear, features: favor, redraw_steps: 100}, sink: tokens}",
     ],
 )
@@ -89,3 +92,11 @@ def test_what_has_a_meaning_loads_and_reads_back(mixer, tmp_path):
     cfg = config.load(QUICK, overrides, schema.Config)
     (tmp_path / "again.yaml").write_text(config.dump(cfg))
     assert config.load(tmp_path / "again.yaml", [], schema.Config) == cfg
+
+
+def test_an_entry_named_after_a_layout_has_that_layout():
+    overrides = ["model.plan=spatial temporal", "model.mixers.temporal.pattern=causal"]
+    cfg = config.load(QUICK, overrides, schema.Config)
+    assert cfg.model.mixer("temporal").layout == "temporal" and cfg.model.mixer("spatial").layout == "spatial"
+    other = config.load(QUICK, [*overrides, "model.mixers.temporal.layout=width"], schema.Config)
+    assert other.model.mixer("temporal").layout == "width"

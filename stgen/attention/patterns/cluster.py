@@ -30,9 +30,11 @@ class Cluster(Chosen):
 
     sees_all_queries = True
 
-    @property
-    def share(self):
-        return min(1.0, (1 + self.neighbours) / self.clusters)
+    def shares(self, setting: Setting):
+        buckets, of_block = 1 + self.neighbours, self.clusters * setting.block / setting.places
+        # Sorted, a block of queries meets the next bucket too, and a bucket's keys begin within a block.
+        blocks = (buckets + of_block) / self.clusters + 1 / setting.blocks
+        return min(1.0, buckets / self.clusters), min(1.0, blocks)
 
     def choosing_flops(self, setting: Setting):
         from stgen.ops.cost import linear_flops

@@ -5,7 +5,7 @@ Memory-compressed attention (Liu et al., arXiv:1801.10198) with kernel and strid
 
 from typing import Literal
 
-from stgen.attention.pattern import Remade, Setting
+from stgen.attention.pattern import PatternError, Remade, Setting
 
 
 class Convolution(Remade):
@@ -36,7 +36,7 @@ class Convolution(Remade):
             def forward(self, q, k, v, allowed, attend, near=None):
                 filled, block = allowed.attended(), allowed.block[1]
                 if block != setting.block:
-                    raise ValueError(
+                    raise PatternError(
                         f"pattern: convolution has learned weights for blocks of {setting.block} places, not of "
                         f"{block}; train and sample on grids that blocks of the same size fit"
                     )

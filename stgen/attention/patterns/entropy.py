@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from stgen.attention.pattern import Chosen, Setting, Share
+from stgen.attention.pattern import Chosen, Setting, Share, kept_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +27,9 @@ class Entropy(Chosen):
     sees_all_queries = True
     by_blocks = True
 
-    @property
-    def share(self):
-        return self.ratio
+    def shares(self, setting: Setting):
+        share = kept_share(self.ratio, setting.blocks)
+        return share, share
 
     def choosing_flops(self, setting: Setting):
         from stgen.ops.cost import linear_flops

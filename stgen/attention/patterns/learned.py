@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from stgen.attention.pattern import Chosen, Setting, Share
+from stgen.attention.pattern import Chosen, Setting, Share, kept_share
 
 
 class Learned(Chosen):
@@ -22,9 +22,9 @@ class Learned(Chosen):
 
     by_blocks = True
 
-    @property
-    def share(self):
-        return self.ratio
+    def shares(self, setting: Setting):
+        share = kept_share(self.ratio, setting.blocks)
+        return share, share
 
     def choosing_flops(self, setting: Setting):
         from stgen.ops.cost import linear_flops

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from stgen.attention.pattern import Remade, Setting
+from stgen.attention.pattern import PatternError, Remade, Setting
 
 
 class Linformer(Remade):
@@ -37,7 +37,7 @@ class Linformer(Remade):
 
             def forward(self, q, k, v, allowed, attend, near=None):
                 if k.shape[2] != places:
-                    raise ValueError(
+                    raise PatternError(
                         f"pattern: linformer has learned to mix sequences of {places} places and cannot mix "
                         f"{k.shape[2]}; train and sample on one grid, or write pattern: convolution"
                     )

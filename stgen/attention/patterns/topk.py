@@ -6,7 +6,7 @@ arXiv:2502.13189, for video VSA, arXiv:2505.13389).
 
 from typing import Literal
 
-from stgen.attention.pattern import Chosen, Setting, Share
+from stgen.attention.pattern import Chosen, Setting, Share, kept_share
 
 
 class TopK(Chosen):
@@ -21,9 +21,11 @@ class TopK(Chosen):
     def by_blocks(self) -> bool:  # type: ignore[override]
         return self.level == "block"
 
-    @property
-    def share(self):
-        return self.ratio
+    def shares(self, setting: Setting):
+        if self.level == "token":
+            return kept_share(self.ratio, setting.places), 1.0  # some key of almost every block
+        share = kept_share(self.ratio, setting.blocks)
+        return share, share
 
     def choosing_flops(self, setting: Setting):
         from stgen.ops.cost import linear_flops
