@@ -1,24 +1,11 @@
 """What a run costs, summed from what each operation counts: FLOPs, parameters and memory."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from stgen.model import VideoTransformer
 from stgen.ops.cost import Work
 from stgen.tokens import Grid
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of one training step."""
-
-    parameters: int
-    tokens: int  # of one clip
-    flops: int  # of one optimiser step: forward, and twice that for the backward pass
-    state_bytes: int  # weights, gradients, two moments and the average, float32
-    activation_bytes: int  # kept for the backward pass of one part of the batch
 
 
 def trainable(modules: dict[str, nn.Module]) -> int:

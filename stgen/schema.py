@@ -273,7 +273,7 @@ class Optim(Section):
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after warm-up."""
     lr_warmup_steps: NonNegativeInt = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, at most those of the run."""
     lr_min_ratio: Fraction = 0.0
     """Where linear and cosine end, as a fraction of learning_rate."""
     adam_beta1: Decay = 0.9

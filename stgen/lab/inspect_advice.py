@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from stgen.attention.patterns.full import Full
-from stgen.attention.spec import LogitSink, NoSink, OffByOne
+from stgen.attention.spec import LogitSink, NoSink, OffByOne, head_range
 from stgen.lab.inspect_statistics import Study, UseStatistics
 
 ALIKE = 0.9  # similarity of maps from which a later layer may take the earlier one's
@@ -193,7 +193,9 @@ def _keys(one: UseStatistics, heads, words: str) -> str:
     heads = list(heads)
     if len(heads) == one.use.heads and len(one.runs) == 1:
         return words
-    return "heads: {" + ", ".join(f"'{text}': {{{words}}}" for text in _ranges(heads)) + "}"
+    there = [text for text in one.use.keys.heads if set(heads) & set(range(head_range(text)[0], head_range(text)[1] + 1))]
+    split = f"  # and split the entry of {', '.join(there)}" if there else ""
+    return "heads: {" + ", ".join(f"'{text}': {{{words}}}" for text in _ranges(heads)) + "}" + split
 
 
 def _ranges(heads: list[int]) -> list[str]:
