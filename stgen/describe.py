@@ -125,6 +125,6 @@ def section_words(section) -> str:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         quiet = isinstance(value, str | bool | None) or name == "seed"
-        if name != "kind" and value is not None and not (quiet and value == field.default):
+        if name != "kind" and value not in (None, []) and not (quiet and value == field.default):
             said.append(f"{name} {list(value) if isinstance(value, tuple) else value}")
     return section.kind + (f" ({', '.join(said)})" if said else "")

@@ -193,7 +193,9 @@ def _keys(one: UseStatistics, heads, words: str) -> str:
     heads = list(heads)
     if len(heads) == one.use.heads and len(one.runs) == 1:
         return words
-    there = [text for text in one.use.keys.heads if set(heads) & set(range(head_range(text)[0], head_range(text)[1] + 1))]
+    there = [
+        text for text in one.use.keys.heads if set(heads) & set(range(head_range(text)[0], head_range(text)[1] + 1))
+    ]
     split = f"  # and split the entry of {', '.join(there)}" if there else ""
     return "heads: {" + ", ".join(f"'{text}': {{{words}}}" for text in _ranges(heads)) + "}" + split
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stgen.attention.pattern import PatternError
 from stgen.model import VideoTransformer
 from stgen.tokens import Grid
 
@@ -184,6 +185,36 @@ def test_reuse_from_a_named_layer():
     takes = [block.attentions[0].mixers[0].use.takes for block in model.blocks]
     assert takes == ["none", "none", "kv", "kv"]
     assert model(*inputs()).sample.shape == (2, 3, *GRID)
+
+
+def test_more_sink_tokens_than_places_are_refused():
+    build({"layout": "temporal", "sink": {"kind": "tokens", "count": 4}})
+    with pytest.raises(
+        PatternError, match=r"mixers.a.sink: 5 tokens are more than the 4 places of a sequence; write count: 4"
+    ):
+        build({"layout": "temporal", "sink": {"kind": "tokens", "count": 5}})
+
+
+def test_a_pattern_that_leaves_no_query_a_key_is_refused():
+    model = build({"layout": "joint", "pattern": {"kind": "global", "tokens": [(99, 0, 0)]}})
+    with pytest.raises(PatternError, match="global leaves no query a key on the grid 4x3x4"):
+        model(*inputs())
+
+
+@pytest.mark.parametrize("name", ["linformer", "convolution"])
+def test_learned_compression_refuses_another_length_in_one_sentence(name):
+    model, (_, t, text) = build(MIXERS[name]), inputs()
+    with pytest.raises(PatternError, match="train and sample on"):
+        model(torch.randn(2, 3, 1, 2, 1), t, text)
+
+
+def test_a_model_tells_what_its_parts_measured():
+    model = build(MIXERS["sinkhorn"])
+    model(*inputs())
+    measured = model.measured()
+    assert measured.keys() == {"attention/0/sinkhorn_residual", "attention/1/sinkhorn_residual"}
+    assert all(0 <= value < 1 for value in measured.values())
+    assert build(MIXERS["relu"]).measured() == {}
 
 
 COMPILED = ["sparse", "sinkhorn", "learned features", "map reuse", "heads"]

@@ -113,7 +113,9 @@ def check_support(q: Tensor, k: Tensor, support: Support) -> None:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, support: Support) -> None:
     if not isinstance(support, Support):
-        raise ValueError(f"support should be a Support, got {type(support).__name__}; Support.from_mask takes a bool mask")
+        raise ValueError(
+            f"support should be a Support, got {type(support).__name__}; Support.from_mask takes a bool mask"
+        )
     if q.ndim != 4 or k.shape != v.shape or k.shape != (*q.shape[:2], k.shape[-2], q.shape[-1]):
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q should be [S, heads, n, D], k and v [S, heads, m, D], got {shapes}")
