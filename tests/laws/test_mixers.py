@@ -187,6 +187,25 @@ def test_reuse_from_a_named_layer():
     assert model(*inputs()).sample.shape == (2, 3, *GRID)
 
 
+FULL_IN_DISGUISE = [
+    {"kind": "local", "radius": 99}, {"kind": "local", "radius": 99, "border": "clamp"}, {"kind": "strided", "stride": 1},
+    {"kind": "global", "frames": 99}, {"kind": "random", "blocks": 99}, {"kind": "sliding_tile", "window": [9, 9, 9]},
+    {"kind": "topk", "ratio": 1.0}, {"kind": "topk", "ratio": 1.0, "level": "token"}, {"kind": "entropy", "ratio": 1.0},
+    {"kind": "learned", "ratio": 1.0}, {"kind": "cluster", "clusters": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", FULL_IN_DISGUISE, ids=lambda p: p["kind"])
+def test_a_pattern_that_keeps_everything_is_full_attention(pattern):
+    def attend(pattern):
+        mixer = build({**TILES, "pattern": pattern}).blocks[0].attentions[0].mixers[0].double()
+        g = torch.Generator().manual_seed(2)
+        q, k, v = torch.randn(3, 2, 48, 4, 8, generator=g, dtype=torch.float64)
+        return mixer(q, k, v, Grid(*GRID), {})[0]
+
+    torch.testing.assert_close(attend(pattern), attend({"kind": "full"}), rtol=0, atol=1e-12)
+
+
 def test_more_sink_tokens_than_places_are_refused():
     build({"layout": "temporal", "sink": {"kind": "tokens", "count": 4}})
     with pytest.raises(
