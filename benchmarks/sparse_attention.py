@@ -7,8 +7,10 @@ are medians, ratios those of medians. Peak memory is what one forward and backwa
 
 Two findings on the same CPU (Xeon with AMX, one thread, torch 2.15, CPU milliseconds, machine not idle):
 
-Chunks: forward + backward at 4096 tokens by bytes of a chunk's scores. Small chunks pay for calls (each product in bf16
-costs about 25 us beside its work), large ones leave the level-2 cache and touch more fresh pages.
+Chunks: forward + backward at 4096 tokens by bytes of a chunk's scores, before chunks shared their memory. Small chunks pay
+for calls (each product in bf16 costs about 25 us beside its work), large ones leave the level-2 cache and touch more
+fresh pages. Since they share memory 1.5 MiB is taken: 1 MiB is slower where rows are long (80 %, or 16384 tokens), 2 MiB
+touches more fresh pages at 4096.
 
 | scores | 256 KiB | 512 KiB | 1 MiB | 2 MiB | 4 MiB | 8 MiB |
 |---|---|---|---|---|---|---|
