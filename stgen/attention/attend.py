@@ -68,7 +68,7 @@ class Heads(nn.Module):
         self.normaliser = built if isinstance(built, Normaliser) else Normaliser()
         self.selection = Selection(group.pattern, self.layout, setting, registers, self.sink.count)
         self.remade: Any = group.pattern.mixer(setting) if isinstance(group.pattern, Remade) else None
-        self.is_dense = self.features is not None or isinstance(group.pattern, Full | Remade)  # keeps no support
+        self.without_support = self.features is not None or isinstance(group.pattern, Full | Remade)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, support: Support | None = None
@@ -105,7 +105,7 @@ class Heads(nn.Module):
 
     def _support(self, q: Tensor, k: Tensor, grid: Grid) -> Support | None:
         """What folded queries and keys attend; None for every place that holds a token."""
-        if self.is_dense or isinstance(q, FakeTensor):
+        if self.without_support or isinstance(q, FakeTensor):
             return None
         front = self._front(grid)
         return self.selection(q[:, :, front:], k[:, :, front:], grid)
@@ -150,7 +150,7 @@ class Heads(nn.Module):
 
     def _front(self, grid: Grid) -> int:
         """Places before those of the tokens: the registers, in whole blocks where there are blocks."""
-        block = 1 if self.is_dense else self.setting(grid).block
+        block = 1 if self.without_support else self.setting(grid).block
         return -(-self.registers // block) * block
 
     def _fold(self, x: Tensor, grid: Grid) -> Tensor:
@@ -171,7 +171,7 @@ class Heads(nn.Module):
 
     def _key_mask(self, grid: Grid, q: Tensor) -> Tensor | None:
         """Which keys of each sequence are there, where no support says so: [S, m]; None for all."""
-        mask = self.layout.key_mask(grid, q.device) if self.is_dense else None  # [sequences of a clip, n]
+        mask = self.layout.key_mask(grid, q.device) if self.without_support else None  # [sequences of a clip, n]
         if mask is None:
             return None
         return pad(mask, (self.sink.count + self.registers, 0), value=True).repeat(len(q) // len(mask), 1)
@@ -209,7 +209,7 @@ class Heads(nn.Module):
             setting = self.setting(grid)
             share = self.group.pattern.flops(setting) / attention_flops(setting.places, setting.places, setting.width)
             return share, share
-        return (1.0, 1.0) if self.is_dense else self.selection.density(grid, self.setting(grid))
+        return (1.0, 1.0) if self.without_support else self.selection.density(grid, self.setting(grid))
 
 
 class Mixer(nn.Module):
