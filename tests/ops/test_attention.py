@@ -186,7 +186,7 @@ def test_gather_is_the_reference(name, with_sink, scene):
 
 @pytest.mark.parametrize("name", NORMALISERS)
 def test_gather_in_many_chunks_is_the_reference(name, monkeypatch):
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1 << 14)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", (1 << 14, 1 << 14))
     support = some_support()
     qkv = [random(4, 3, n, 8, seed=n) for n in (70, 90, 90)]
     sink = None if NORMALISERS[name].by_count else random(3)
@@ -366,7 +366,7 @@ def test_no_tensor_grows_with_queries_times_keys(name):
 
 
 def test_dense_attention_of_long_sequences_goes_by_blocks(monkeypatch):
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1 << 18)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", (1 << 18, 1 << 18))
     monkeypatch.setattr("stgen.ops.support.BUILD_PAIRS", 1 << 16)
     q, k, v = (random(1, 1, 1500, 4, seed=i).float() for i in range(3))
     key_mask = torch.arange(1500)[None] < 1400

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from stgen.ops.support import ALL, SOME, Support
 
-CHUNK_BYTES = {"cpu": 3 << 19}  # of a chunk's scores; see the sweep in benchmarks/sparse_attention.py
-ELSEWHERE = 1 << 27
+# Bytes of a chunk's scores: at least and at most. Between them a sixteenth of all scores, since the memory of a chunk is
+# fresh at each call, and fresh pages cost; see the sweep in benchmarks/sparse_attention.py.
+CHUNK_BYTES = {"cpu": (3 << 19, 5 << 20)}
+ELSEWHERE = (1 << 27, 1 << 27)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ class Plan:
     @staticmethod
     def of(support: Support, sequences: int, heads: int, itemsize: int) -> "Plan":
         """The chunks of all rows that have a key block, made once for a support; `itemsize` is the bytes of a score."""
-        most = CHUNK_BYTES.get(support.device.type, ELSEWHERE) // (itemsize * support.block[0] * support.block[1])
+        pair = itemsize * support.block[0] * support.block[1]  # bytes of a pair of blocks
+        pairs = int(support.counts.sum()) * sequences * heads // (support.groups * support.heads)
+        least, most = CHUNK_BYTES.get(support.device.type, ELSEWHERE)
+        most = min(max(pairs * pair // 16, least), most) // pair
         key = (Plan, sequences, heads, most)
         if key not in support.memo:
             support.memo[key] = Plan._made(support, sequences, heads, most)
