@@ -6,6 +6,7 @@ torch is imported where it runs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -78,9 +79,9 @@ class Pattern(Section):
 class Fixed(Pattern):
     """A pattern that is a predicate on two places."""
 
+    @abstractmethod
     def allows(self, q: Sites, k: Sites, frame: Frame) -> Tensor:
         """Bool tensor, true where the query at `q` may attend the key at `k`."""
-        raise NotImplementedError
 
 
 def kept_share(ratio: float, number: int) -> float:
@@ -115,14 +116,15 @@ class Chosen(Pattern):
 
     sees_all_queries: ClassVar[bool] = False  # what one query keeps depends on other queries: never causal
 
+    @abstractmethod
     def shares(self, setting: Setting) -> tuple[float, float]:
         """Share of the allowed pairs that is kept, about, and share of the pairs of blocks that is then computed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choosing_flops(self, setting: Setting) -> int:
         """Operations of choosing for one sequence, all heads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chooser(self, setting: Setting) -> nn.Module | Callable[[Tensor, Tensor, Support], Support]:
         """A function choose(q, k, allowed) -> Support.
 
@@ -130,7 +132,6 @@ class Chosen(Pattern):
         (`allowed.expand(S, heads)` writes it out), and the result lies within it. A module where there is something
         to learn.
         """
-        raise NotImplementedError
 
 
 class Remade(Pattern):
@@ -141,14 +142,14 @@ class Remade(Pattern):
         """A fixed pattern whose support the module is handed as `near`."""
         return None
 
+    @abstractmethod
     def flops(self, setting: Setting) -> int:
         """Operations for one sequence, all heads: making the keys and attending them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mixer(self, setting: Setting) -> nn.Module:
         """A module mix(q, k, v, allowed, attend, near) -> [S, heads, n, D].
 
         `allowed` is a Support of the places that hold tokens; attend(q, k, v, support or None) applies the mixer's
         normaliser and sink, where None attends every key; `near` is the support of the property `near`, or None.
         """
-        raise NotImplementedError
