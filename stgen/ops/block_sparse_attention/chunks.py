@@ -6,6 +6,7 @@ of a chunk are of almost one length; a chunk has as many as stay in cache and re
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Chunk:
     rows: slice  # of the sorted rows
     blocks: Tensor  # [R * L] key blocks, numbered (sequence, head, key block)
     pairs: Tensor  # [R * L] places in the support's flattened table
+    places: slice  # of its blocks among those of all chunks
     masks: Tensor | None  # [R * L] which of the plan's masks hides keys; None where no key is hidden
 
 
@@ -34,6 +36,7 @@ class Plan:
     filled: int  # rows, the first ones as sorted, that have a key block
     chunks: list[Chunk]  # those of most blocks first, so that their scratch memory need not grow
     masks: Tensor  # [masks, block queries, block keys] bool, true where a key is hidden
+    key_blocks: int  # of all heads and sequences
 
     @staticmethod
     def of(support: Support, sequences: int, heads: int, itemsize: int) -> "Plan":
@@ -56,7 +59,19 @@ class Plan:
         chunks = _chunks(support, table_row[order], order // nq * nk, counts, most)
         chunks = sorted(chunks, key=lambda chunk: len(chunk.blocks), reverse=True)
         order = None if bool((order[1:] > order[:-1]).all()) else order
-        return Plan(order, int((counts > 0).sum()), chunks, _masks(support))
+        return Plan(order, int((counts > 0).sum()), chunks, _masks(support), sequences * heads * nk)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of blocks that the chunks compute."""
+        return sum(len(chunk.blocks) for chunk in self.chunks)
+
+    @cached_property
+    def incoming(self) -> tuple[Tensor, Tensor]:
+        """Places sorted by key block [pairs], and where each key block's begin [key blocks]."""
+        blocks = torch.cat([chunk.blocks for chunk in sorted(self.chunks, key=lambda chunk: chunk.places.start)])
+        blocks, order = blocks.sort(stable=True)
+        return order, torch.searchsorted(blocks, torch.arange(self.key_blocks, device=blocks.device))
 
     def blank(self, like: Tensor) -> Tensor:
         """For what the chunks write of each sorted row: zeros where there is no chunk."""
@@ -74,7 +89,7 @@ class Plan:
 def _chunks(support: Support, table_rows: Tensor, key_rows: Tensor, counts: Tensor, most: int) -> Iterator[Chunk]:
     """Of sorted rows: their row in the table, the first key block of their head and their count."""
     lists, numbers, nk = support.lists.flatten(0, 2), _mask_numbers(support), support.table.shape[-1]
-    whole, hidden = len(support.bits), len(support.bits) + 2
+    whole, hidden, place = len(support.bits), len(support.bits) + 2, 0
     for rows, longest in _slices(counts.tolist(), most):
         blocks = lists[table_rows[rows], :longest]  # [R, L]
         beyond = torch.arange(longest, device=support.device) >= counts[rows, None]
@@ -82,7 +97,8 @@ def _chunks(support: Support, table_rows: Tensor, key_rows: Tensor, counts: Tens
         pairs = table_rows[rows, None] * nk + blocks
         masks = numbers[pairs].masked_fill(beyond, hidden).flatten()
         blocks = (key_rows[rows, None] + blocks).flatten()
-        yield Chunk(rows, blocks, pairs.flatten(), masks if (masks != whole).any() else None)
+        places = slice(place, place := place + len(blocks))
+        yield Chunk(rows, blocks, pairs.flatten(), places, masks if (masks != whole).any() else None)
 
 
 def _slices(counts: list[int], most: int) -> Iterator[tuple[slice, int]]:
