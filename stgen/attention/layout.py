@@ -13,9 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stgen.ops.boxes import Boxes, Extent
 from stgen.tokens import Grid, coordinates
-
-Extent = tuple[int, int, int]  # frames, rows, columns
 
 _AXES = {
     "joint": ("b (t h w) c d", "b c (t h w) d"),
@@ -60,6 +59,10 @@ class Plain:
         t, h, w = (1 if axis in _FIXED[self.kind] else n for axis, n in enumerate((grid.t, grid.h, grid.w)))
         return t, h, w
 
+    def boxes(self, grid: Grid) -> Boxes | None:
+        """The same sequences as geometry, for kernels that leave the tokens where they are."""
+        return Boxes((grid.t, grid.h, grid.w), self.extents(grid))
+
 
 @dataclass(frozen=True)
 class Window:
@@ -103,9 +106,14 @@ class Window:
         """Extents of a box; an axis shorter than the box is taken whole, without padding."""
         return min(self.size[0], grid.t), min(self.size[1], grid.h), min(self.size[2], grid.w)
 
-    def _shift(self, grid: Grid) -> tuple[int, ...]:
+    def boxes(self, grid: Grid) -> Boxes | None:
+        """The same sequences as geometry, for kernels that leave the tokens where they are."""
+        return Boxes((grid.t, grid.h, grid.w), self.extents(grid), self._shift(grid))
+
+    def _shift(self, grid: Grid) -> Extent:
         extents = (grid.t, grid.h, grid.w)
-        return tuple(0 if size >= n else s for s, size, n in zip(self.shift, self.size, extents, strict=True))
+        a, b, c = (0 if size >= n else s for s, size, n in zip(self.shift, self.size, extents, strict=True))
+        return a, b, c
 
     def _boxes(self, grid: Grid) -> tuple[int, ...]:
         extents = (grid.t, grid.h, grid.w)
@@ -157,6 +165,10 @@ class Tiled:
     def extents(self, grid: Grid) -> Extent:
         """Frames, rows and columns that a sequence spans."""
         return self.inner.extents(grid)
+
+    def boxes(self, grid: Grid) -> Boxes | None:
+        """None: the places of a sequence are not in the order of a box."""
+        return None
 
     def block(self, grid: Grid) -> Extent:
         """Extents of a tile: cut to the sequence."""

@@ -15,6 +15,7 @@ Measured forward and backward with one thread of a Xeon with AMX, 4 heads x 64, 
 """
 
 import logging
+from collections.abc import Callable, Hashable
 from functools import cache
 
 import torch
@@ -44,6 +45,40 @@ def block_sparse(q: Tensor, keys: int) -> str:
     impl = "reference" if scores <= FEW_SCORES else "gather"
     _tell("block_sparse_attention", impl, q.device.type)
     return impl
+
+
+def by_kernels(op: str, x: Tensor, unfit: str | None, trial: Callable[..., None], *shape: Hashable) -> bool:
+    """Whether `auto` takes the Triton kernels of an op for a tensor like x.
+
+    It does on a GPU, where nothing makes the call `unfit`, and where `trial(device, dtype, *shape)`, the op's smallest
+    forward and backward pass, runs: a kernel that does not compile on this machine costs a warning, not the run.
+    """
+    if unfit is not None or not is_gpu(x):
+        return False
+    works = torch.compiler.is_compiling() or _works(op, trial, x.device, x.dtype, *shape)
+    if works:
+        _tell(op, "triton", x.device.type)
+    return works
+
+
+def is_gpu(x: Tensor) -> bool:
+    """Whether x lies where Triton compiles for."""
+    return x.device.type == "cuda"
+
+
+@cache
+def _works(op: str, trial: Callable[..., None], device: torch.device, dtype: torch.dtype, *shape: Hashable) -> bool:
+    try:
+        with torch.enable_grad():
+            trial(device, dtype, *shape)
+    except Exception as error:  # whatever a compiler or a driver may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning(
+            "%s: the Triton kernels do not run on %s in %s (%s); PyTorch computes it, slower. `stgen doctor` says more",
+            op, device, str(dtype).removeprefix("torch."), reason,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def _tell(op: str, impl: str, device: str) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stgen.attention import layout
+from stgen.ops.boxes import Boxes
 from stgen.ops.dense_attention import dense_attention
 from stgen.ops.dense_attention.reference import dense_attention_reference
 from stgen.tokens import Grid
@@ -73,6 +74,24 @@ def test_fold_and_unfold_are_inverse_and_windows_do_not_leak(extents, size, data
     box = place.same_sequence(grid)
     assert box.diagonal().all() and (box == box.T).all()
     assert box.sum(1).max() <= length
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_boxes_are_the_layout(name, grid):
+    place, x = LAYOUTS[name], torch.randn(2, grid.tokens, 3, 4)
+    boxes, mask = place.boxes(grid), place.key_mask(grid, x.device)
+    assert torch.equal(boxes.fold(x), place.fold(x, grid))
+    assert torch.equal(boxes.unfold(boxes.fold(x)), x)
+    assert (boxes.count, boxes.places) == place.sequence(grid)
+    present = boxes.present()
+    assert (mask is None) == (present is None) and (mask is None or torch.equal(mask, present))
+
+
+def test_boxes_that_cannot_be_are_refused():
+    for size, shift in [((0, 1, 1), (0, 0, 0)), ((2, 2, 2), (0, 2, 0)), ((2, 2, 2), (0, 0, -1))]:
+        with pytest.raises(ValueError, match="on axis"):
+            Boxes((4, 4, 4), size, shift)
 
 
 def test_a_window_as_large_as_the_grid_is_joint_whatever_its_shift():
