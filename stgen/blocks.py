@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stgen.attention.attend import Attention, CrossAttention
 from stgen.attention.reuse import Carry, Use
+from stgen.mixers.sequences import SequenceMixer
 from stgen.ops.cost import Work, linear_flops
 from stgen.tokens import Grid
 
@@ -80,6 +81,14 @@ class Prompting(nn.Module):
         return torch.addcmul(x, self.gate.to(update.dtype), update)
 
 
+def _branch(
+    width: int, heads: int, uses: tuple[Use, ...], grid: Grid, qk_norm: bool, registers: int
+) -> Attention | SequenceMixer:
+    if uses[0].has_map:
+        return Attention(width, heads, uses, grid, qk_norm, registers)
+    return SequenceMixer(uses[0].name, uses[0].keys, width, registers)
+
+
 class Block(nn.Module):
     """A layer of the plan: its terms in turn, then the prompt, then the MLP (or the MLP beside the last term)."""
 
@@ -99,7 +108,7 @@ class Block(nn.Module):
         super().__init__()
         self.registers = registers
         self.mixing = nn.ModuleList(
-            Mixing(width, nn.ModuleList(Attention(width, heads, uses, grid, qk_norm, registers) for uses in branches))
+            Mixing(width, nn.ModuleList(_branch(width, heads, uses, grid, qk_norm, registers) for uses in branches))
             for branches in terms
         )
         self.prompting = Prompting(width, heads, qk_norm) if cross else None
@@ -109,10 +118,10 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio))
 
     @property
-    def attentions(self) -> list[Attention]:
-        """Every self-attention of the layer, in the order of its plan."""
+    def branches(self) -> list[Attention | SequenceMixer]:
+        """Every mixer or group of mixers of the layer, in the order of its plan."""
         found = (module for mixing in self.mixing for module in mixing.modules())
-        return [module for module in found if isinstance(module, Attention)]
+        return [module for module in found if isinstance(module, Attention | SequenceMixer)]
 
     def forward(
         self,
@@ -147,4 +156,4 @@ class Block(nn.Module):
         rest = 2 * linear_flops(tokens, self.mlp.up.in_features, self.mlp.up.out_features)
         if self.prompting is not None:
             rest += self.prompting.cross_attn.flops(tokens, text_tokens)
-        return sum((attention.work(grid) for attention in self.attentions), Work(rest, rest))
+        return sum((branch.work(grid) for branch in self.branches), Work(rest, rest))

@@ -334,7 +334,12 @@ def _namesakes(field: FieldInfo) -> dict[str, FieldInfo]:
 
 
 def _default_kind(field: FieldInfo) -> str | None:
-    """The kind of the field's default; None where it has none, as in a list, and the kind must be written."""
+    """The kind of the field's default; None where it has none, as in a list, and the kind must be written.
+
+    The values of a mapping have no default; their type may name a kind in its `json_schema_extra`.
+    """
+    if isinstance(field.json_schema_extra, dict) and KIND in field.json_schema_extra:
+        return str(field.json_schema_extra[KIND])
     return getattr(field.get_default(call_default_factory=True, validated_data={}), KIND, None)
 
 

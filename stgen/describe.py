@@ -10,6 +10,7 @@ from stgen.attention.pattern import Remade
 from stgen.attention.selection import causal_outside
 from stgen.build import Parts
 from stgen.flops import readable
+from stgen.mixers.sequences import SequenceMixer
 from stgen.ops.cost import Work
 from stgen.tokens import Grid, grid_of
 
@@ -76,10 +77,13 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
 
 def _layer(i: int, block, layer, grid: Grid, text_tokens: int) -> str:
     """One layer: its mixers, their sequences, its FLOPs on one clip."""
-    mixers = (mixer for attention in block.attentions for mixer in attention.mixers)
-    words = "; ".join(mixer_words(mixer, grid) for mixer in mixers)
+    words = "; ".join(words for branch in block.branches for words in _branch_words(branch, grid))
     cost = readable(block.work(grid, text_tokens).executed, "FLOP")
     return f"  {i:>3}  {layer!s:<28} {cost:>12} a clip   {words}"
+
+
+def _branch_words(branch, grid: Grid) -> list[str]:
+    return [branch.words(grid)] if isinstance(branch, SequenceMixer) else [mixer_words(m, grid) for m in branch.mixers]
 
 
 def mixer_words(mixer, grid: Grid) -> str:

@@ -14,6 +14,7 @@ from stgen.attention import plan as plan_grammar
 from stgen.attention import reuse
 from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer
 from stgen.blocks import Block, modulate
+from stgen.mixers.spec import KINDS, TCN, Recurrent, TokenMixer
 from stgen.ops.cost import Work, linear_flops
 from stgen.tokens import Grid, grid_of, patchify, rope_tables, sincos_positions, unpatchify
 
@@ -33,8 +34,8 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         patch_size: latent frames, rows and columns of a token.
         width, depth, heads: channels of a token, layers, attention heads.
         plan: the arrangement of mixers over depth (`stgen.attention.plan`).
-        mixers: for each name of the plan the keys of `stgen.attention.spec.AttentionMixer`; unions and intersections
-            of patterns as {kind: any, any: [...]} and {kind: all, all: [...]}.
+        mixers: for each name of the plan the keys of `stgen.attention.spec.AttentionMixer` or, by `kind`, of a mixer of
+            `stgen.mixers.spec`; unions and intersections of patterns as {kind: any, any: [...]} and {kind: all, all: [...]}.
         registers: global tokens that every sequence of every layer sees; they are learned, and dropped at the head.
         mlp_ratio, mlp_placement: hidden width of the MLP and where it stands.
         qk_norm: RMS-normalise queries and keys.
@@ -206,7 +207,11 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         return sum((b.work(grid, text_tokens) for b in self.blocks if isinstance(b, Block)), Work(rest, rest))
 
 
-def spec_of(name: str, mixers: dict[str, dict[str, Any]]) -> AttentionMixer:
-    """The mixer that a plan's name stands for: as written, else the layout of that name."""
-    named = {"layout": name} if name in PLAIN_LAYOUTS else {}
-    return AttentionMixer.model_validate({**named, **mixers.get(name, {})})
+def spec_of(name: str, mixers: dict[str, dict[str, Any]]) -> AttentionMixer | TokenMixer:
+    """The mixer that a plan's name stands for: as written, else the layout or the kind of that name."""
+    keys = mixers.get(name, {})
+    kind = keys.get("kind", name if name not in mixers else "attention")
+    if kind in KINDS:
+        return (TCN if kind == "tcn" else Recurrent).model_validate({"kind": kind, **keys})
+    layout = {"layout": name} if name in PLAIN_LAYOUTS else {}
+    return AttentionMixer.model_validate({**layout, **keys})

@@ -23,6 +23,8 @@ from stgen.attention.pattern import Extent3D, Fraction, Remade, Section
 from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer, check_heads
+from stgen.mixers import spec as token_mixers
+from stgen.mixers.spec import TCN, Recurrent, TokenMixer
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -147,6 +149,12 @@ class MLP(Section):
     """After the mixers, or beside the last of them on the same normed input (GPT-J)."""
 
 
+Mixer = Annotated[
+    AttentionMixer | TCN | Recurrent, Field(discriminator="kind", json_schema_extra={"kind": "attention"})
+]
+"""A mixer that names no kind is attention."""
+
+
 class Model(Section):
     width: PositiveInt = 128
     """Channels of a token."""
@@ -156,9 +164,9 @@ class Model(Section):
     """Attention heads; must divide width."""
     plan: str = "spatial temporal"
     """How mixers are arranged over depth: `a b` layers, `a*3` repetition, `a>b` in turn, `a+b` added, `a|b` heads split."""
-    mixers: dict[str, AttentionMixer] = {}
+    mixers: dict[str, Mixer] = {}
     """Mixers by the names that the plan uses; joint, spatial, temporal, height and width exist without being written, and
-    an entry of such a name has that layout unless it says another."""
+    an entry of such a name has that layout unless it says another; tcn, rnn, lstm and gru exist too."""
     mlp: MLP = MLP()
     """The feed-forward network of a layer."""
     qk_norm: bool = True
@@ -177,6 +185,14 @@ class Model(Section):
             for name, mixer in mixers.items()
         }
 
+    @field_validator("mixers")
+    @classmethod
+    def _kind_by_name(cls, mixers):
+        for name, mixer in mixers.items():
+            if name in token_mixers.KINDS and mixer.kind != name:
+                raise ValueError(f"{name} is of kind {mixer.kind}; write kind: {name}, or give it another name")
+        return mixers
+
     @model_validator(mode="after")
     def _plan_fits(self):
         if self.width % self.heads:
@@ -184,7 +200,7 @@ class Model(Section):
         if int(self.width * self.mlp.ratio) < 1:
             raise ValueError(f"mlp.ratio: {self.mlp.ratio} of width {self.width} leaves no hidden channel")
         layers = self.layers
-        known = sorted({*PLAIN_LAYOUTS, *self.mixers})
+        known = sorted({*PLAIN_LAYOUTS, *token_mixers.KINDS, *self.mixers})
         for name in self.mixer_names:
             if name not in known:
                 raise ValueError(
@@ -199,7 +215,13 @@ class Model(Section):
     def _check_mixers(self, layers):
         mixers = {name: self.mixer(name) for name in self.mixer_names}
         uses = reuse.place(layers, mixers, self.heads)
-        for use in (use for layer in uses for term in layer for branch in term for use in branch):
+        flat = [use for layer in uses for term in layer for branch in term for use in branch]
+        if self.registers and not any(use.has_map for use in flat):
+            raise ValueError("registers: no mixer of the plan attends to them; write registers: 0")
+        for use in flat:
+            if not use.has_map:
+                self._check_token_mixer(use)
+                continue
             try:
                 groups = use.keys.head_groups(use.heads)
                 for group in groups:
@@ -217,6 +239,12 @@ class Model(Section):
                         f"registers: {leaf.kind} in mixers.{use.name} makes keys of a clip's own tokens; write registers: 0"
                     )
 
+    def _check_token_mixer(self, use):
+        if use.heads < self.heads:
+            raise ValueError(f"plan: {use.name} ({use.keys.kind}) has no heads to share by | ; join it by > or +")
+        if getattr(use.keys, "bidirectional", False) and self.width % 2:
+            raise ValueError(f"mixers.{use.name}: bidirectional halves the channels, but width is {self.width}")
+
     @property
     def layers(self) -> tuple[plan_grammar.Layer, ...]:
         """The plan, layer by layer."""
@@ -227,9 +255,10 @@ class Model(Section):
         """Names of the mixers that the plan uses."""
         return plan_grammar.names(self.layers)
 
-    def mixer(self, name: str) -> AttentionMixer:
-        """The mixer a plan's name stands for: as written in `mixers`, else the layout of that name."""
-        return self.mixers.get(name) or AttentionMixer.model_validate({"layout": name})
+    def mixer(self, name: str) -> AttentionMixer | TokenMixer:
+        """The mixer a plan's name stands for: as written in `mixers`, else the layout or the kind of that name."""
+        written = self.mixers.get(name) or token_mixers.named(name)
+        return written or AttentionMixer.model_validate({"layout": name})
 
 
 class Objective(Section):

@@ -19,13 +19,21 @@ SPINE = {
     # module: what of stgen it may import
     "config": set(),
     "schedules": set(),
-    "schema": {"attention.plan", "attention.pattern", "attention.patterns", "attention.reuse", "attention.spec"},
+    "schema": {
+        "attention.plan",
+        "attention.pattern",
+        "attention.patterns",
+        "attention.reuse",
+        "attention.spec",
+        "mixers.spec",
+    },
     "tokens": set(),
     "video": set(),
     "dataset": {"video"},
     "shapes": {"video"},
     "codec": set(),
     "text": set(),
+    "mixers": {"tokens", "ops.cost", "attention.pattern", "attention.layout", "attention.reuse"},
     "blocks": {"attention", "mixers", "tokens", "ops"},
     "model": {"attention", "mixers", "tokens", "ops", "blocks"},
     "objective": set(),
@@ -82,8 +90,12 @@ def test_a_module_imports_only_what_its_place_allows(module):
         allowed |= {"attention.plan"} if name == "attention.reuse" else set()
         allowed |= {"attention.patterns"} if name.startswith("attention.patterns.") else set()
         assert all(within(t, allowed) for t in targets), targets
+    elif name.startswith("mixers."):
+        assert all(within(t, SPINE["mixers"] | {"mixers"}) for t in targets), targets
     elif name in SPINE:
         assert all(within(t, SPINE[name]) for t in targets), targets
+    elif name.startswith("testing"):
+        assert all(within(t, {"testing", "ops"}) for t in targets), targets
     elif name.startswith("lab"):
         pass  # the laboratory looks at everything; nobody looks at it but the command line
     else:

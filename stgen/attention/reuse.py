@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stgen.attention.plan import Layer
 from stgen.attention.spec import AttentionMixer
@@ -28,12 +28,16 @@ class Use:
     number: int  # counted over the whole plan; what `source` and the carry go by
     layer: int
     name: str
-    keys: AttentionMixer
+    keys: Any  # of the mixer: an AttentionMixer, or those of a mixer without a map
     heads: int  # the mixer's share
     turn: int  # how often the plan has used this mixer before
     source: int | None = None  # the use that it takes `keys.reuse.what` from
     source_layer: int | None = None
     lends: frozenset[str] = frozenset()  # what later uses take from it
+
+    @property
+    def has_map(self) -> bool:
+        return isinstance(self.keys, AttentionMixer)
 
     @property
     def takes(self) -> str:
@@ -61,7 +65,7 @@ Carry = Mapping[int, Kept]  # by number of the use
 Uses = tuple[tuple[tuple[tuple[Use, ...], ...], ...], ...]  # layers of terms of branches of uses
 
 
-def place(layers: tuple[Layer, ...], mixers: Mapping[str, AttentionMixer], heads: int) -> Uses:
+def place(layers: tuple[Layer, ...], mixers: Mapping[str, Any], heads: int) -> Uses:
     """Every use of a mixer in the plan, with what it takes and lends.
 
     Raises ValueError, in one sentence, for a reuse that has nowhere to take from.
@@ -90,6 +94,8 @@ def place(layers: tuple[Layer, ...], mixers: Mapping[str, AttentionMixer], heads
 
 def _source(use: Use, uses: list[Use], depth: int) -> Use | None:
     """The use that this one takes from, None where it computes for itself."""
+    if not use.has_map:
+        return None
     reuse = use.keys.reuse
     if reuse.what == "none":
         return None
@@ -103,7 +109,11 @@ def _source(use: Use, uses: list[Use], depth: int) -> Use | None:
         )
     if use.layer <= reuse.source:
         return None
-    there = [other for other in uses if other.layer == reuse.source]
+    there = [other for other in uses if other.layer == reuse.source and other.has_map]
+    if not there:
+        raise ValueError(
+            f"mixers.{use.name}.reuse: layer {reuse.source} has no attention to take from; name one that has"
+        )
     alike = [o for o in there if o.name == use.name] or [o for o in there if o.keys.layout == use.keys.layout] or there
     return _fit(use, alike[0])
 
@@ -138,7 +148,11 @@ def _fit(use: Use, source: Use) -> Use:
 
 def _check_some_take(uses: list[Use]) -> None:
     for use in uses:
-        if use.keys.reuse.what != "none" and not any(o.source is not None for o in uses if o.name == use.name):
+        if (
+            use.has_map
+            and use.keys.reuse.what != "none"
+            and not any(o.source is not None for o in uses if o.name == use.name)
+        ):
             reuse = use.keys.reuse
             reason = f"after layer {reuse.source}" if reuse.source is not None else "often enough"
             raise ValueError(

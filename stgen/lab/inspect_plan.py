@@ -16,6 +16,7 @@ from stgen.flops import readable
 from stgen.lab import pictures
 from stgen.lab.inspect_masks import Chosen, Drawing, draw, mixers_of, runs_of
 from stgen.lab.tables import percent, table
+from stgen.mixers.sequences import SequenceMixer
 from stgen.model import VideoTransformer
 from stgen.ops.cost import Work
 from stgen.tokens import Grid
@@ -86,6 +87,9 @@ def _rows(transformer: VideoTransformer, grid: Grid, examples: dict[int, Chosen]
                 density = heads.density(grid)
                 rows[key] = Row(str(terms[layer]), mixer, heads, heads.work(grid), density, drawing, [])
             rows[key].layers.append(layer)
+    for layer, block in enumerate(transformer.blocks):
+        for branch in (module for module in block.modules() if isinstance(module, SequenceMixer)):
+            notes.setdefault(f"{branch.words(grid)}, without a map", []).append(layer)
     return list(rows.values()), [f"{layers_words(layers)}: {note}" for note, layers in notes.items()]
 
 

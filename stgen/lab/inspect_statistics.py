@@ -300,7 +300,7 @@ def study(
     The model should be in evaluation mode, on the device of the clips.
     """
     mixers = mixers_of(transformer)
-    entries = max(1, min(MAP_ENTRIES, ALL_ENTRIES // (len(mixers) * len(times))))
+    entries = max(1, min(MAP_ENTRIES, ALL_ENTRIES // (max(1, len(mixers)) * len(times))))
     uses = [_prepared(mixer, grid, entries, clips[0].latents.device) for mixer in mixers]
     watched = {i: Watched(mixers[i], one.runs, one.sample) for i, one in enumerate(uses) if one.sample is not None}
     tally, examples = _Tally(), {}

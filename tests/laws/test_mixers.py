@@ -150,7 +150,7 @@ def test_parameters_and_work_fall_by_what_is_reused(what):
     """The map saves the projections of q and k and their product, kv those of k and v, support its choosing, output all."""
     pattern = {"kind": "topk", "ratio": 1.0} if what == "support" else {"kind": "full"}
     own, taking = (build({"layout": "joint", "pattern": pattern, **more}) for more in ({}, {"reuse": {"what": what}}))
-    own, taking = (model.blocks[1].attentions[0] for model in (own, taking))
+    own, taking = (model.blocks[1].branches[0] for model in (own, taking))
     grid, width, norm = Grid(*GRID), 32, 8
     projection, products = width * width + width, 4 * grid.tokens**2 * width
     parameters = {"map": 2 * projection + 2 * norm, "kv": 2 * projection + norm, "support": 0}
@@ -165,8 +165,8 @@ def test_parameters_and_work_fall_by_what_is_reused(what):
 @pytest.mark.parametrize("what", ["map", "kv", "output"])
 def test_reuse_of_a_layer_with_the_same_weights_and_input_is_that_layer(what):
     plain, taking = build({"layout": "temporal"}), build({"layout": "temporal", "reuse": {"what": what}})
-    first, second = taking.blocks[0].attentions[0].double(), taking.blocks[1].attentions[0].double()
-    whole = plain.blocks[0].attentions[0].double()
+    first, second = taking.blocks[0].branches[0].double(), taking.blocks[1].branches[0].double()
+    whole = plain.blocks[0].branches[0].double()
     rows = {"q": 0, "k": 1, "v": 2}
     first.load_state_dict(whole.state_dict())
     needs = {"map": "v", "kv": "q", "output": ""}[what]
@@ -182,7 +182,7 @@ def test_reuse_of_a_layer_with_the_same_weights_and_input_is_that_layer(what):
 
 def test_reuse_from_a_named_layer():
     model = build({"layout": "joint", "reuse": {"what": "kv", "source": 1}}, depth=4)
-    takes = [block.attentions[0].mixers[0].use.takes for block in model.blocks]
+    takes = [block.branches[0].mixers[0].use.takes for block in model.blocks]
     assert takes == ["none", "none", "kv", "kv"]
     assert model(*inputs()).sample.shape == (2, 3, *GRID)
 
@@ -198,7 +198,7 @@ FULL_IN_DISGUISE = [
 @pytest.mark.parametrize("pattern", FULL_IN_DISGUISE, ids=lambda p: p["kind"])
 def test_a_pattern_that_keeps_everything_is_full_attention(pattern):
     def attend(pattern):
-        mixer = build({**TILES, "pattern": pattern}).blocks[0].attentions[0].mixers[0].double()
+        mixer = build({**TILES, "pattern": pattern}).blocks[0].branches[0].mixers[0].double()
         g = torch.Generator().manual_seed(2)
         q, k, v = torch.randn(3, 2, 48, 4, 8, generator=g, dtype=torch.float64)
         return mixer(q, k, v, Grid(*GRID), {})[0]

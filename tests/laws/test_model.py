@@ -142,7 +142,7 @@ def test_save_and_load_give_the_same_output(tmp_path):
 
 def test_shift_applies_to_every_second_layer_of_a_window():
     model = build("win", depth=4)
-    shifts = [block.attentions[0].mixers[0].runs[0].layout.shift for block in model.blocks]
+    shifts = [block.branches[0].mixers[0].runs[0].layout.shift for block in model.blocks]
     assert shifts == [(0, 0, 0), (1, 1, 1), (0, 0, 0), (1, 1, 1)]
 
 

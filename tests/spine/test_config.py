@@ -117,7 +117,8 @@ IN_FILE = {  # second line of the file -> the whole refusal
         "validation.prompts: should be a list of 1 or more values, each a string or null, got [] (x.yaml:2)"
     ),
     "validation: {prompts: [a, 1]}": "validation.prompts.1: should be a string, got 1; put it in quotes (x.yaml:2)",
-    "model: {mixers: {win: 3}}": "model.mixers.win: should be a mapping of keys, got 3 (x.yaml:2)",
+    "model: {mixers: {win: 3}}": "model.mixers.win: should be a mapping of keys or one of attention, tcn, rnn, lstm, gru, "
+    "got 3 (x.yaml:2)",
     "model: {width: 64, heads: 7}": "model: width 64 is not divisible by heads 7 (x.yaml:2)",
     "data: {height: 50}": "data.height 50 is not divisible by 12 of codec.patch_size (x.yaml:2)",
     # YAML's traps
@@ -198,7 +199,7 @@ IN_OVERRIDE = {
     "model=3": "model: should be a mapping of keys, got 3 (override model=3)",
     "extends=x.yaml": f"extends: unknown key; the keys here are {SECTIONS} (override extends=x.yaml)",
     "model.plan=foo": (
-        "model.plan: no mixer is called 'foo'; known are height, joint, spatial, temporal, width "
+        "model.plan: no mixer is called 'foo'; known are gru, height, joint, lstm, rnn, spatial, tcn, temporal, width "
         "(add it to model.mixers) (override model.plan=foo)"
     ),
     "train.max_train_seconds=5": (

@@ -1,0 +1,1 @@
+"""Mixers without an attention map: convolutions and recurrences over the sequences of a layout."""
