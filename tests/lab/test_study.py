@@ -32,7 +32,7 @@ def test_a_shipped_variant_differs_from_its_base_in_one_key_and_varies_something
         assert all(key.startswith(cell.key) for key in changed) and changed, cell.name
         model, _ = model_of(cell.cfg)
         runs = [
-            run for block in model.blocks for attention in block.attentions for m in attention.mixers for run in m.runs
+            run for block in model.blocks for attention in block.branches for m in attention.mixers for run in m.runs
         ]
         if cell.key.endswith("pattern"):
             assert all(run.density(grid)[0] < 0.999 for run in runs), f"{cell.name} keeps every pair, as full does"
