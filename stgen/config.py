@@ -267,7 +267,7 @@ def _spell_out(node: Node, field: FieldInfo | None) -> None:
         return
     namesakes = _namesakes(field)
     match node.data:
-        case str(kind):
+        case str(kind) if not _plain_variants(field):
             node.data = {KIND: Node(kind, node.origin, spelled=False)}
         case list(items) if ANY in namesakes:
             node.data = {KIND: Node(ANY, node.origin), ANY: Node(items, node.origin, spelled=False)}
@@ -312,6 +312,12 @@ def _variants(field: FieldInfo) -> list[FieldInfo]:
     if get_origin(field.annotation) not in (Union, UnionType):
         return [field]
     return [v for arg in get_args(field.annotation) for v in _variants(FieldInfo.from_annotation(arg))]
+
+
+def _plain_variants(field: FieldInfo) -> list[FieldInfo]:
+    """The members of a union of sections that are no sections, such as the number beside its schedules."""
+    sections = _sections(field)
+    return [v for v in _variants(field) if v.annotation not in sections and v.annotation is not NoneType]
 
 
 def _sections(field: FieldInfo) -> list[type[BaseModel]]:
@@ -395,7 +401,9 @@ def _groups(field: FieldInfo, homes: Homes, name: str = "", meaning: str = "") -
             yield Group(name + kind, "" if kind else meaning, leaves)
         for key, child in below:
             inner = _innermost(child)
-            if len(_sections(inner)) < 2 or homes.setdefault(tuple(_sections(inner)), key) == key:
+            union = tuple(_sections(inner))
+            if len(union) < 2 or union not in homes:
+                homes[union] = key
                 yield from _groups(inner, homes, key, child.description or "")
 
 
@@ -590,6 +598,9 @@ def _prose(field: FieldInfo, brief: bool = False) -> str:
     variants, annotation = _variants(field), field.annotation
     if len(_sections(field)) > 1:
         null = "null, " * (NoneType in [variant.annotation for variant in variants])
+        if plain := _plain_variants(field):
+            number = " or ".join(_prose(variant) for variant in plain)
+            return f"{null}{number}, or a mapping of kind {', '.join(_all_kinds(field))}"
         forms = "a mapping of keys" + ", a list" * (ANY in _namesakes(field))
         return f"{null}{forms} or {'a kind' if brief else 'one of ' + ', '.join(_all_kinds(field))}"
     if len(variants) > 1:
@@ -643,7 +654,9 @@ def _forms(key: str, field: FieldInfo, homes: Homes) -> str:
     """The ways to write a member of a union, where it is described; elsewhere a reference."""
     inner = _innermost(field)
     home = homes[tuple(_sections(inner))]
-    forms = ["KIND", "{kind: KIND, ...}"] if key == home else [f"as {home}"]
+    plain = [_type(variant, homes) for variant in _plain_variants(inner)]
+    forms = ["{kind: KIND, ...}"] if plain else ["KIND", "{kind: KIND, ...}"]
+    forms = plain + (forms if key == home else [f"as {home}"])
     for kind, child in _namesakes(inner).items() if key == home else ():
         forms.append(_type(child, homes) if kind == ANY else f"{{{kind}: {_type(child, homes)}}}")
     null = NoneType in [variant.annotation for variant in _variants(inner)]

@@ -186,6 +186,13 @@ class VideoTransformer(ModelMixin, ConfigMixin):
             if told is not None and module is not self:
                 told(step)
 
+    def observe(self, loss: float) -> None:
+        """Tell the parts that follow the training loss that of the optimiser step that was made."""
+        for module in self.modules():
+            told: Any = getattr(module, "observe", None)
+            if told is not None and module is not self:
+                told(loss)
+
     def measured(self) -> dict[str, float]:
         """What parts of the model tell of their last forward pass, by `attention/{layer}/{name}`; the largest of a layer."""
         found: dict[str, float] = {}

@@ -19,12 +19,13 @@ from pydantic import (
 
 from stgen.attention import plan as plan_grammar
 from stgen.attention import reuse
-from stgen.attention.pattern import Extent3D, Fraction, Remade, Section
+from stgen.attention.pattern import Extent3D, Fraction, Remade
 from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer, check_heads
 from stgen.mixers import spec as token_mixers
 from stgen.mixers.spec import TCN, Recurrent, TokenMixer
+from stgen.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

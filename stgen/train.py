@@ -159,6 +159,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 ema.update(progress.step)
+                parts.transformer.observe(loss)
                 meter.lap("step")
 
                 progress.advance(loss, norm, meter.seconds, cfg)

@@ -18,7 +18,8 @@ ROOM_3 = {
 SPINE = {
     # module: what of stgen it may import
     "config": set(),
-    "schedules": set(),
+    "section": set(),
+    "schedules": {"section"},
     "schema": {
         "attention.plan",
         "attention.pattern",
@@ -26,6 +27,7 @@ SPINE = {
         "attention.reuse",
         "attention.spec",
         "mixers.spec",
+        "section",
     },
     "tokens": set(),
     "video": set(),
@@ -33,7 +35,7 @@ SPINE = {
     "shapes": {"video"},
     "codec": set(),
     "text": set(),
-    "mixers": {"tokens", "ops.cost", "attention.pattern", "attention.layout", "attention.reuse"},
+    "mixers": {"section", "tokens", "ops.cost", "attention.pattern", "attention.layout", "attention.reuse"},
     "blocks": {"attention", "mixers", "tokens", "ops"},
     "model": {"attention", "mixers", "tokens", "ops", "blocks"},
     "objective": set(),
@@ -84,9 +86,11 @@ def test_a_module_imports_only_what_its_place_allows(module):
             assert not any(t.endswith("triton") for t in targets), targets
     elif name.startswith("attention"):
         # Pattern and spec are the rooms' common words; selection is the door of all patterns.
-        allowed = {"ops", "tokens", "schedules", "attention.pattern", "attention.spec"}
+        allowed = {"ops", "tokens", "schedules", "section", "attention.pattern", "attention.spec"}
         allowed |= {"attention"} if name in ("attention.attend", "attention.spec") else set()
-        allowed |= {"attention.patterns", "attention.layout"} if name == "attention.selection" else set()
+        allowed |= (
+            {"attention.patterns", "attention.layout", "attention.numbers"} if name == "attention.selection" else set()
+        )
         allowed |= {"attention.plan"} if name == "attention.reuse" else set()
         allowed |= {"attention.patterns"} if name.startswith("attention.patterns.") else set()
         assert all(within(t, allowed) for t in targets), targets

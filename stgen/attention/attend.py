@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from stgen.attention import layout, normalisers
-from stgen.attention.pattern import PatternError, Remade, Setting
+from stgen.attention.pattern import Pattern, PatternError, Remade, Setting
 from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
@@ -67,7 +67,7 @@ class Heads(nn.Module):
         self.features = built if isinstance(built, normalisers.Features) else None  # of linear attention
         self.normaliser = built if isinstance(built, Normaliser) else Normaliser()
         self.selection = Selection(group.pattern, self.layout, setting, registers, self.sink.count)
-        self.remade: Any = group.pattern.mixer(setting) if isinstance(group.pattern, Remade) else None
+        self.remade: Any = self.pattern.mixer(setting) if isinstance(self.pattern, Remade) else None
         self.without_support = self.features is not None or isinstance(group.pattern, Full | Remade)
 
     def forward(
@@ -81,8 +81,8 @@ class Heads(nn.Module):
         if isinstance(q, FakeTensor):
             # A dry run has no numbers to choose by; dense attention keeps tensors of the same size for the backward.
             return self._unfold(dense_attention(q, k, v), grid), None
-        if isinstance(self.group.pattern, Remade):
-            return self._unfold(self._remake(self.group.pattern, q, k, v, grid), grid), None
+        if self.remade is not None:
+            return self._unfold(self._remake(self.pattern, q, k, v, grid), grid), None
         if self.features is not None:
             return self._unfold(self._sum_features(self.features, q, k, v, grid), grid), None
         support = support or self._support(q, k, grid)
@@ -125,7 +125,7 @@ class Heads(nn.Module):
         mask = self._key_mask(grid, q)
         return linear_attention(phi(q, True), phi(k, False), v, key_mask=mask, chunk=chunk, prefix=self.sink.count)
 
-    def _remake(self, pattern: Remade, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    def _remake(self, pattern: Any, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """The same for a pattern that makes keys of its own."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, support: Support | None) -> Tensor:
@@ -133,6 +133,8 @@ class Heads(nn.Module):
                 support = support.extended(0, self.sink.count)
             return self._weigh(q, k, v, support, None)
 
+        if self.selection.numbers.schedules:
+            self.remade.become(pattern)
         near = None if pattern.near is None else self.selection.fixed(pattern.near, grid, q.device)
         return self.remade(q, k, v, self.selection.fixed(EVERY, grid, q.device), attend, near)
 
@@ -140,6 +142,11 @@ class Heads(nn.Module):
         """Keys or values with the sink's rows before them, in whole blocks where there are blocks."""
         block = 1 if support is None else support.block[1]
         return self.sink.before(x, rows, -(-self.sink.count // block) * block)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of the heads, its scheduled numbers as they are now."""
+        return self.selection.pattern
 
     # ----------------------------------------------------------------------------------------------------- layout
 
@@ -187,8 +194,8 @@ class Heads(nn.Module):
             executed = dense // 2  # P v alone
         elif "map" in self.use.lends:
             executed = dense + self.selection.choosing_flops(setting)  # a map that is kept is made whole
-        elif isinstance(self.group.pattern, Remade):
-            executed = self.group.pattern.flops(setting)
+        elif isinstance(pattern := self.pattern, Remade):
+            executed = pattern.flops(setting)
         elif isinstance(self.group.normaliser, Linear):
             features = self.group.normaliser.size or self.head_dim
             executed = linear_attention_flops(
@@ -205,9 +212,9 @@ class Heads(nn.Module):
         Exact for fixed patterns; for those chosen from the data what they are set to keep, about; for those that make
         keys of their own, what they cost of full attention.
         """
-        if isinstance(self.group.pattern, Remade):
+        if isinstance(pattern := self.pattern, Remade):
             setting = self.setting(grid)
-            share = self.group.pattern.flops(setting) / attention_flops(setting.places, setting.places, setting.width)
+            share = pattern.flops(setting) / attention_flops(setting.places, setting.places, setting.width)
             return share, share
         return (1.0, 1.0) if self.without_support else self.selection.density(grid, self.setting(grid))
 

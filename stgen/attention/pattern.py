@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from stgen.schedules import FALLS, check_schedules, or_schedule
+from stgen.section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,14 +28,13 @@ Extent3D = tuple[PositiveInt, PositiveInt, PositiveInt]
 Offset3D = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
 PerAxis = NonNegativeInt | Offset3D
 """One number for all axes, or one each for frames, rows and columns."""
-
-
-class Section(BaseModel):
-    """A frozen section of a config; unknown keys are errors, the string below a key is its help."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+if TYPE_CHECKING:
+    KeepRatio: TypeAlias = float
+    Radius: TypeAlias = int | tuple[int, int, int]
+else:  # what a pattern computes with is a number: see `Selection`
+    KeepRatio = Annotated[or_schedule(Share), FALLS]
+    """A share that is kept; over training it may only fall (progressive sparse attention)."""
+    Radius = or_schedule(PerAxis)
 
 
 def per_axis(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
@@ -71,6 +73,11 @@ class Pattern(Section):
     """Which keys each query may attend. A pattern is one file of `stgen.attention.patterns`, one subclass of this."""
 
     kind: str
+
+    @model_validator(mode="after")
+    def _schedules_fit(self):
+        check_schedules(self)
+        return self
 
     by_blocks: ClassVar[bool] = False  # the meaning of the pattern, not only its cost, depends on the blocks
     needs_tiles: ClassVar[bool] = False  # blocks must be boxes of the grid (order: tile)
@@ -130,7 +137,7 @@ class Chosen(Pattern):
 
         q, k are [S, heads, n, D] after norm and RoPE; `allowed` is what fixed patterns and padding leave
         (`allowed.expand(S, heads)` writes it out), and the result lies within it. A module where there is something
-        to learn.
+        to learn; it has a method become(pattern), told when a scheduled number has changed.
         """
 
 
@@ -151,5 +158,6 @@ class Remade(Pattern):
         """A module mix(q, k, v, allowed, attend, near) -> [S, heads, n, D].
 
         `allowed` is a Support of the places that hold tokens; attend(q, k, v, support or None) applies the mixer's
-        normaliser and sink, where None attends every key; `near` is the support of the property `near`, or None.
+        normaliser and sink, where None attends every key; `near` is the support of the property `near`, or None. Its
+        method become(pattern) is told of scheduled numbers.
         """

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterator
 from functools import reduce
 from operator import and_, or_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stgen.attention.layout import Layout, places
+from stgen.attention.numbers import Numbers
 from stgen.attention.pattern import Chosen, Fixed, Frame, Pattern, PatternError, Setting, Sites
 from stgen.attention.patterns import AllOf, AnyOf, is_fixed, leaves
 from stgen.attention.patterns.causal import Causal
@@ -32,19 +34,40 @@ class Selection(nn.Module):
 
     def __init__(self, pattern: Pattern, layout: Layout, setting: Setting, registers: int, sinks: int):
         super().__init__()
-        self.pattern, self.layout, self.setting = causal_outside(pattern), layout, setting
-        self.registers, self.sinks = registers, sinks
-        self.choosers = [leaf.chooser(setting) for leaf in leaves(self.pattern) if isinstance(leaf, Chosen)]
+        self.layout, self.setting, self.registers, self.sinks = layout, setting, registers, sinks
+        self.numbers = Numbers(causal_outside(pattern))
+        self._pattern = self.pattern
+        self.choosers = [leaf.chooser(setting) for leaf in leaves(self._pattern) if isinstance(leaf, Chosen)]
         self.learned = nn.ModuleList(chooser for chooser in self.choosers if isinstance(chooser, nn.Module))
         self._known: dict[tuple[Grid, torch.device, str, bool], Support] = {}
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern with its scheduled numbers as they are now."""
+        return self.numbers.now
 
     @torch.compiler.disable  # lists of blocks have sizes that depend on the data
     def forward(self, q: Tensor, k: Tensor, grid: Grid) -> Support:
         """Queries and keys [S, heads, n, D] of folded sequences, without registers -> the support with all."""
-        if is_fixed(self.pattern):
-            return self.fixed(self.pattern, grid, q.device, extended=True)
+        pattern = self.pattern
+        if is_fixed(pattern):
+            return self.fixed(pattern, grid, q.device, extended=True)
+        self._settle(pattern)
         allowed = self.fixed(EVERY, grid, q.device)
-        return self._extended(self._choose(self.pattern, q, k, allowed, grid, iter(self.choosers)), grid)
+        return self._extended(self._choose(pattern, q, k, allowed, grid, iter(self.choosers)), grid)
+
+    def _settle(self, pattern: Pattern) -> None:
+        """Tell the choosers of numbers that have changed."""
+        if pattern is self._pattern:
+            return
+        self._pattern = pattern
+        chosen = [leaf for leaf in leaves(pattern) if isinstance(leaf, Chosen)]
+        for i, leaf in enumerate(chosen):
+            chooser: Any = self.choosers[i]
+            if chooser in self.learned:
+                chooser.become(leaf)
+            else:
+                self.choosers[i] = leaf.chooser(self.setting)
 
     def _extended(self, support: Support, grid: Grid) -> Support:
         if self.registers:

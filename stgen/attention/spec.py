@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from stgen.attention.pattern import Extent3D, Offset3D, Section
+from stgen.attention.pattern import Extent3D, Offset3D
 from stgen.attention.patterns import AnyOf, Chosen, Pattern, PatternKeys, Remade, leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
+from stgen.section import Section
 
 # --------------------------------------------------------------------------------------------------------- normalisers
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stgen import config, schema
-from stgen.attention.pattern import Section
+from stgen.section import Section
 
 
 class StudyError(ValueError):

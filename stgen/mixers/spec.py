@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from stgen.attention.pattern import Extent3D, Section
+from stgen.attention.pattern import Extent3D
+from stgen.section import Section
 
 
 class Sequences(Section):

@@ -372,6 +372,7 @@ KIND_LIST = ", ".join(KINDS)
 WITH_RADIUS = " or ".join(kind for kind, keys in KINDS.items() if "radius" in keys.model_fields)
 FORMS = f"a mapping of keys, a list or one of {KIND_LIST}"
 PER_AXIS = "a whole number of at least 0 or a list of 3 values, each a whole number of at least 0"
+PER_AXIS += ", or a mapping of kind linear, cosine, stairs, plateau"
 
 
 def mixer(text: str) -> str:

@@ -73,16 +73,20 @@ def write_videos(folder: Path, count: int, frames: int = 8, size: int = 24, capt
 # ------------------------------------------------------------------------------------------------------ exactness
 
 
-@pytest.mark.parametrize("cut", [1, 3, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, cut):
+PROGRESSIVE = "{kind: plateau, start: 1.0, end: 0.25, parts: 3, patience: 1}"
+
+
+@pytest.mark.parametrize(("cut", "pattern"), [(1, "full"), (3, f"{{kind: topk, ratio: {PROGRESSIVE}}}"), (5, "full")])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, cut, pattern):
     extra = ["checkpoint.steps=1", "train.gradient_accumulation_steps=2", "text.caption_dropout=0.3", "log.every=2"]
+    extra.append(f"model.mixers.spatial={{block: [1, 1, 1], pattern: {pattern}}}")
     train(tiny(*extra, folder="whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for n in range(cut + 1, 7):  # what a kill after step `cut` leaves behind
         shutil.rmtree(tmp_path / "cut" / f"checkpoint-{n}")
     train(tiny(*extra, "run.resume_from_checkpoint=latest", folder="cut"))
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-6", tmp_path / "cut" / "checkpoint-6")
-    keys = ("train/loss", "train/grad_norm", "train/lr")
+    keys = ("train/loss", "train/grad_norm", "train/lr", *(["attention/0/ratio"] if "topk" in pattern else []))
     assert metrics_of(tmp_path / "whole", *keys) == metrics_of(tmp_path / "cut", *keys)
     assert len(metrics_of(tmp_path / "whole", *keys)) == 3
 

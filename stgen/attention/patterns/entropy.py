@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from stgen.attention.pattern import Chosen, Setting, Share, kept_share
+from stgen.attention.pattern import Chosen, KeepRatio, Setting, kept_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ HALVINGS = 40  # of the interval that holds the factor sought: shares are then e
 class Entropy(Chosen):
     kind: Literal["entropy"] = "entropy"
     """The key blocks with the largest pooled scores, more of them where the scores are spread evenly."""
-    ratio: Share = 0.25
+    ratio: KeepRatio = 0.25
     """Share of the allowed pairs of blocks that a sequence keeps in each head; a query block keeps at least one."""
 
     sees_all_queries = True

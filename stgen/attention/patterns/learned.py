@@ -9,13 +9,13 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from stgen.attention.pattern import Chosen, Setting, Share, kept_share
+from stgen.attention.pattern import Chosen, KeepRatio, Setting, kept_share
 
 
 class Learned(Chosen):
     kind: Literal["learned"] = "learned"
     """The key blocks that a small trained net scores highest."""
-    ratio: Share = 0.25
+    ratio: KeepRatio = 0.25
     """Share of the allowed key blocks that a query block keeps; at least one."""
     width: PositiveInt = 16
     """Channels into which the net maps pooled queries and pooled keys; a score is their product."""
@@ -38,13 +38,17 @@ class Learned(Chosen):
 
         from stgen.ops.block_scores import keep_top, of_blocks, pool, share_of, spread
 
-        ratio, width = self.ratio, self.width
+        keys, width = self, self.width
 
         class Scorer(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.to_q = nn.Linear(setting.head_dim, width, bias=False)
                 self.to_k = nn.Linear(setting.head_dim, width, bias=False)
+                self.become(keys)
+
+            def become(self, pattern):
+                self.ratio = pattern.ratio
 
             def forward(self, q, k, allowed):
                 # Queries and keys serve attention; only the net is trained to choose.
@@ -52,7 +56,7 @@ class Learned(Chosen):
                 pooled_k = pool(k.detach(), allowed.attended(), allowed.block[1]).to(self.to_k.weight.dtype)
                 scores = self.to_q(pooled_q) @ self.to_k(pooled_k).transpose(-1, -2) * width**-0.5
                 kept = spread(allowed.kept, scores)
-                best = keep_top(scores.detach(), kept, share_of(kept.sum(-1), ratio))
+                best = keep_top(scores.detach(), kept, share_of(kept.sum(-1), self.ratio))
                 gate = scores.sigmoid().to(q.dtype)
                 return replace(of_blocks(best, allowed), bias=gate - gate.detach())
 

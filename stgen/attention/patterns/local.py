@@ -6,13 +6,13 @@ same size, as in neighbourhood attention (arXiv:2204.07143, section 3).
 
 from typing import Literal
 
-from stgen.attention.pattern import Fixed, PerAxis, per_axis
+from stgen.attention.pattern import Fixed, Radius, per_axis
 
 
 class Local(Fixed):
     kind: Literal["local"] = "local"
     """Keys within a box round the query."""
-    radius: PerAxis
+    radius: Radius
     """Tokens to either side: one number, or [frames, rows, columns]; as large as the grid is full attention."""
     border: Literal["cut", "clamp"] = "cut"
     """At the border of the grid the box is cut, or moved inwards so that its size stays."""

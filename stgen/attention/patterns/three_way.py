@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from stgen.attention.pattern import PerAxis, Remade, Setting, Share, per_axis
+from stgen.attention.pattern import KeepRatio, Radius, Remade, Setting, per_axis
 from stgen.attention.patterns.local import Local
 
 Branch = Literal["compress", "select", "slide"]
@@ -21,9 +21,9 @@ class ThreeWay(Remade):
     """Pooled blocks, the best blocks and the neighbourhood, attended in parallel and added with learned gates."""
     branches: Annotated[list[Branch], Field(min_length=1)] = ["compress", "select", "slide"]
     """Which of the branches there are."""
-    ratio: Share = 0.125
+    ratio: KeepRatio = 0.125
     """select: share of the key blocks that a query block keeps; at least one."""
-    radius: PerAxis = 2
+    radius: Radius = 2
     """slide: tokens to either side, one number or [frames, rows, columns]."""
 
     by_blocks = True
@@ -58,13 +58,17 @@ class ThreeWay(Remade):
 
         from stgen.ops.block_scores import over_blocks, pool, top_blocks
 
-        branches, ratio = self.branches, self.ratio
+        keys, branches = self, self.branches
 
         class Branches(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.gate = nn.Parameter(torch.zeros(setting.heads, setting.head_dim, len(branches)))
                 self.gate_bias = nn.Parameter(torch.zeros(setting.heads, 1, len(branches)))
+                self.become(keys)
+
+            def become(self, pattern):
+                self.ratio = pattern.ratio
 
             def forward(self, q, k, v, allowed, attend, near=None):
                 """`near`: the Support of the pattern's `near`, within `allowed`."""
@@ -76,7 +80,7 @@ class ThreeWay(Remade):
                 if name == "slide":
                     return attend(q, k, v, near)
                 if name == "select":
-                    return attend(q, k, v, top_blocks(q, k, allowed, ratio))
+                    return attend(q, k, v, top_blocks(q, k, allowed, self.ratio))
                 filled, block = allowed.attended(), allowed.block[1]
                 keys, values = (pool(x, filled, block).to(x.dtype) for x in (k, v))
                 return attend(q, keys, values, over_blocks(filled, q.shape[2], block))

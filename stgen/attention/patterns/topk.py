@@ -6,13 +6,13 @@ arXiv:2502.13189, for video VSA, arXiv:2505.13389).
 
 from typing import Literal
 
-from stgen.attention.pattern import Chosen, Setting, Share, kept_share
+from stgen.attention.pattern import Chosen, KeepRatio, Setting, kept_share
 
 
 class TopK(Chosen):
     kind: Literal["topk"] = "topk"
     """The keys with the largest scores."""
-    ratio: Share = 0.25
+    ratio: KeepRatio = 0.25
     """Share of the allowed keys (or key blocks) that a query (or query block) keeps; at least one."""
     level: Literal["block", "token"] = "block"
     """Choose blocks by the scores of pooled queries and keys, or single keys by their own (looks at every pair)."""
