@@ -106,9 +106,17 @@ def _run_words(run, grid: Grid) -> str:
         words.append(f"{pattern_words(group.pattern)}: {pairs:.0%} of pairs, {blocks:.0%} of blocks")
     words += [section_words(group.normaliser)] if group.normaliser.kind != "softmax" else []
     words += [f"sink {section_words(group.sink)}"] if group.sink.kind != "none" else []
+    words += [] if run.approximation is None else [approximate_words(run.use.keys.approximate)]
     last = group.first + group.count - 1
     which = f" head{'s' * (group.count > 1)} {group.first}{f'-{last}' * (group.count > 1)}"
     return f",{which * (group.count < run.use.heads)} {', '.join(words)}" if words else ""
+
+
+def approximate_words(keys) -> str:
+    """`16 channels of q and k, q and k in 4 bits`"""
+    words = [f"{keys.qk_topk} channels of q and k"] if keys.qk_topk != 0 else []
+    point = " behind the point" if keys.form == "fixed" else ""
+    return ", ".join(words + [f"{' and '.join(keys.quantise)} in {keys.bits} bits{point}"] * bool(keys.quantise))
 
 
 def pattern_words(pattern) -> str:

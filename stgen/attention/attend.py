@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from stgen.attention import layout, normalisers
+from stgen.attention.approximate import Approximation
 from stgen.attention.pattern import Pattern, PatternError, Remade, Setting
 from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
@@ -65,8 +66,10 @@ class Heads(nn.Module):
         seed = torch.initial_seed() + 64 * use.number + group.first
         built = normalisers.build(group.normaliser, group.count, head_dim, seed=seed)
         self.features = built if isinstance(built, normalisers.Features) else None  # of linear attention
+        self.polynomial = built if isinstance(built, normalisers.Polynomial) else None
         self.normaliser = built if isinstance(built, Normaliser) else Normaliser()
         self.selection = Selection(group.pattern, self.layout, setting, registers, self.sink.count)
+        self.approximation = None if keys.approximate.is_exact else Approximation(keys.approximate)
         self.remade: Any = self.pattern.mixer(setting) if isinstance(self.pattern, Remade) else None
         self.without_support = self.features is not None or isinstance(group.pattern, Full | Remade)
 
@@ -77,7 +80,7 @@ class Heads(nn.Module):
 
         `support` is one taken from an earlier layer.
         """
-        q, k, v = (self._fold(x, grid) for x in (q, k, v))
+        q, k, v = (self._entering(x, name, grid) for x, name in ((q, "q"), (k, "k"), (v, "v")))
         if isinstance(q, FakeTensor):
             # A dry run has no numbers to choose by; dense attention keeps tensors of the same size for the backward.
             return self._unfold(dense_attention(q, k, v), grid), None
@@ -90,14 +93,13 @@ class Heads(nn.Module):
 
     def map(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         """The weights themselves: [S, heads, n, m], sink tokens and then registers first among the m keys."""
-        q, k = self._fold(q, grid), self._fold(k, grid)
+        q, k = self._entering(q, "q", grid), self._entering(k, "k", grid)
         support = self._support(q, k, grid)
-        k, mask = self._with_sink(k, self.sink.k, support), self._key_mask(grid, q)
-        return attention_map(q, k, mask, support, self.normaliser, self.sink.logit(q))
+        return self._map(q, self._with_sink(k, self.sink.k, support), support, self._key_mask(grid, q))
 
     def apply_map(self, weights: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Weights, of this layer or an earlier one, on values [B, N, heads, D] -> the same shape."""
-        v = self._fold(v, grid)
+        v = self._entering(v, "v", grid)
         v = self.sink.before(v, self.sink.v, weights.shape[-1] - v.shape[2])
         return self._unfold(weights.to(v.dtype) @ v, grid)
 
@@ -113,9 +115,21 @@ class Heads(nn.Module):
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, support: Support | None, mask: Tensor | None) -> Tensor:
         """q [S, heads, n, D] on k, v [S, heads, m, D] and the sink -> [S, heads, n, D]."""
         k, v = self._with_sink(k, self.sink.k, support), self._with_sink(v, self.sink.v, support)
+        if self.makes_map:
+            return self._map(q, k, support, mask) @ v
         if support is None:
             return dense_attention(q, k, v, mask, normaliser=self.normaliser, sink=self.sink.logit(q))
         return block_sparse_attention(q, k, v, support, self.normaliser, self.sink.logit(q))
+
+    def _map(self, q: Tensor, k: Tensor, support: Support | None, mask: Tensor | None) -> Tensor:
+        """The weights of q [S, heads, n, D] on keys k [S, heads, m, D], the sink's among them: [S, heads, n, m]."""
+        weights = attention_map(q, k, mask, support, self.normaliser, self.sink.logit(q), self.polynomial)
+        return weights if self.approximation is None else self.approximation(weights, "map")
+
+    @property
+    def makes_map(self) -> bool:
+        """Whether the weights are made whole, for what is done to them."""
+        return self.polynomial is not None or (self.approximation is not None and self.approximation.needs_map)
 
     def _sum_features(self, phi: nn.Module, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """The same by sums over all keys (linear attention); under `causal` frame by frame."""
@@ -160,6 +174,11 @@ class Heads(nn.Module):
         block = 1 if self.without_support else self.setting(grid).block
         return -(-self.registers // block) * block
 
+    def _entering(self, x: Tensor, name: str, grid: Grid) -> Tensor:
+        """Queries, keys or values as sequences, and as exact as the mixer takes them."""
+        x = self._fold(x, grid)
+        return x if self.approximation is None else self.approximation(x, name)
+
     def _fold(self, x: Tensor, grid: Grid) -> Tensor:
         """[B, registers + N, heads, D] -> [S, heads, n, D]; every sequence sees the registers."""
         own = self.layout.fold(x[:, self.registers :], grid)
@@ -192,7 +211,7 @@ class Heads(nn.Module):
         dense = attention_flops(queries, queries + self.sink.count, setting.width)
         if self.use.takes == "map":
             executed = dense // 2  # P v alone
-        elif "map" in self.use.lends:
+        elif "map" in self.use.lends or self.makes_map:
             executed = dense + self.selection.choosing_flops(setting)  # a map that is kept is made whole
         elif isinstance(pattern := self.pattern, Remade):
             executed = pattern.flops(setting)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from stgen.attention import spec
+from stgen.attention.numbers import Numbers
+from stgen.ops.block_scores import keep_top, share_of
 from stgen.ops.normaliser import Normaliser
 
 
-def build(normaliser: spec.Normaliser, heads: int, head_dim: int, seed: int) -> "Normaliser | Features":
-    """What a `normaliser` section describes: for kind linear the module that makes features, else what kernels run.
+def build(normaliser: spec.Normaliser, heads: int, head_dim: int, seed: int) -> "Normaliser | Features | Polynomial":
+    """What a `normaliser` section describes: for linear and poly_logits a module, else what kernels run.
 
     `off_by_one` is softmax here; its 1 in the mass is a sink (`sinks.py`). `seed` decides random and initial features.
     """
@@ -27,9 +29,40 @@ def build(normaliser: spec.Normaliser, heads: int, head_dim: int, seed: int) -> 
             return Normaliser("poly_e", normaliser.cut)
         case spec.Poly():
             return Normaliser("poly", normaliser.cut)
+        case spec.PolyLogits():
+            return Polynomial(normaliser, heads)
         case spec.OffByOne():
             return Normaliser("softmax")
     return Normaliser(normaliser.kind)
+
+
+# ---------------------------------------------------------------------------------------------------------- polynomial
+
+
+class Polynomial(nn.Module):
+    """Scores [S, heads, n, m] as softmax is to see them: a cubic of the clamped ones, -inf but for the best of a row."""
+
+    no_decay = ("coefficients",)
+    coefficients: Tensor  # [heads, 4]
+
+    def __init__(self, keys: spec.PolyLogits, heads: int):
+        super().__init__()
+        self.clamp, self.numbers = keys.clamp, Numbers(keys)
+        coefficients = torch.tensor([keys.coefficients] * heads)
+        if keys.learned:
+            self.coefficients = nn.Parameter(coefficients)
+        else:
+            self.register_buffer("coefficients", coefficients, persistent=False)
+
+    def forward(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        s = scores.clamp(-self.clamp, self.clamp)
+        a0, a1, a2, a3 = self.coefficients.to(s.dtype)[:, :, None, None].unbind(1)  # each [heads, 1, 1]
+        s = ((a3 * s + a2) * s + a1) * s + a0
+        ratio = self.numbers.now.ratio
+        if ratio == 1:
+            return s
+        allowed = torch.ones_like(s, dtype=torch.bool) if mask is None else mask.expand_as(s)
+        return s.masked_fill(~keep_top(s.detach(), allowed, share_of(allowed.sum(-1), ratio)), -torch.inf)
 
 
 # ------------------------------------------------------------------------------------------------------------ features

@@ -31,10 +31,14 @@ PerAxis = NonNegativeInt | Offset3D
 if TYPE_CHECKING:
     KeepRatio: TypeAlias = float
     Radius: TypeAlias = int | tuple[int, int, int]
+    WholeNumber: TypeAlias = int
+    Bits: TypeAlias = int
 else:  # what a pattern computes with is a number: see `Selection`
     KeepRatio = Annotated[or_schedule(Share), FALLS]
     """A share that is kept; over training it may only fall (progressive sparse attention)."""
     Radius = or_schedule(PerAxis)
+    WholeNumber = or_schedule(NonNegativeInt)
+    Bits = Annotated[or_schedule(Annotated[int, Field(ge=2, le=32)]), FALLS]
 
 
 def per_axis(value: int | tuple[int, int, int]) -> tuple[int, int, int]:

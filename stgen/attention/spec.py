@@ -9,12 +9,13 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from stgen.attention.pattern import Extent3D, Offset3D
+from stgen.attention.pattern import Bits, Extent3D, KeepRatio, Offset3D, WholeNumber
 from stgen.attention.patterns import AnyOf, Chosen, Pattern, PatternKeys, Remade, leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
+from stgen.schedules import check_schedules
 from stgen.section import Section
 
 # --------------------------------------------------------------------------------------------------------- normalisers
@@ -69,7 +70,25 @@ class Linear(Section):
         return self
 
 
-Normaliser = Softmax | OffByOne | Relu | Relu2 | Poly | Linear
+class PolyLogits(Section):
+    kind: Literal["poly_logits"] = "poly_logits"
+    """Softmax of a cubic of the clamped scores, over the best of them. Looks at every pair and holds them all."""
+    coefficients: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 0.0)
+    """Of 1, s, s^2 and s^3."""
+    clamp: PositiveFloat = 10.0
+    """Scores are cut to [-clamp, clamp] first."""
+    ratio: KeepRatio = 1.0
+    """Share of the allowed keys that a query keeps, those with the largest results; at least one."""
+    learned: bool = False
+    """Train the coefficients, each head its own."""
+
+    @model_validator(mode="after")
+    def _schedules_fit(self):
+        check_schedules(self)
+        return self
+
+
+Normaliser = Softmax | OffByOne | Relu | Relu2 | Poly | PolyLogits | Linear
 
 # --------------------------------------------------------------------------------------------------------------- sinks
 
@@ -96,6 +115,32 @@ class TokenSink(Section):
 
 
 Sink = NoSink | LogitSink | TokenSink
+
+# --------------------------------------------------------------------------------------------------------- approximate
+
+
+class Approximate(Section):
+    qk_topk: WholeNumber = 0
+    """Channels of each query and key that enter their product, the largest by magnitude; 0 takes all."""
+    quantise: list[Literal["q", "k", "v", "map"]] = []
+    """What is rounded to few bits, straight-through: queries, keys, values, the map (which is then made whole)."""
+    form: Literal["integer", "fixed"] = "integer"
+    """integer: whole multiples of a step for each sequence and head; fixed: so many bits behind the point."""
+    bits: Bits = 8
+    """How many bits; a schedule may lower them over training."""
+
+    @model_validator(mode="after")
+    def _schedules_fit(self):
+        check_schedules(self)
+        if len(set(self.quantise)) < len(self.quantise):
+            raise ValueError(f"quantise names one of {self.quantise} twice; name each once")
+        return self
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is left out."""
+        return self.qk_topk == 0 and not self.quantise
+
 
 # --------------------------------------------------------------------------------------------------------------- reuse
 
@@ -172,6 +217,8 @@ class AttentionMixer(Section):
     """Mass that goes to no token."""
     reuse: Reuse = Reuse()
     """What is taken from an earlier layer."""
+    approximate: Approximate = Approximate()
+    """What is left out of the numbers: small channels, low bits."""
     heads: dict[str, HeadKeys] = {}
     """Heads that differ, by number within the mixer's share: `"0-3": {...}` or `"5": {...}`."""
 
@@ -182,6 +229,10 @@ class AttentionMixer(Section):
         for i, one in enumerate(ranges):
             if any(set(one) & set(other) for other in ranges[:i]):
                 raise ValueError(f"heads: {list(self.heads)[i]!r} names heads that another entry has named")
+        if "map" in self.approximate.quantise and self.reuse.what == "map":
+            raise ValueError(
+                "approximate: a map that is taken from an earlier layer is rounded there; leave map out here"
+            )
         if not self.heads:  # else the model judges what its heads do in the end
             check_heads(self, self.pattern, self.normaliser, self.sink)
         for text, keys in self.heads.items():
@@ -241,6 +292,8 @@ def check_heads(mixer: AttentionMixer, pattern: Pattern, normaliser: Normaliser,
         )
     if isinstance(sink, LogitSink) and isinstance(normaliser, OffByOne):
         raise ValueError("sink: off_by_one is softmax with a logit sink fixed at 0; write normaliser: softmax")
+    if isinstance(normaliser, Linear) and "map" in mixer.approximate.quantise:
+        raise ValueError("approximate: linear attention has no map to quantise; leave map out")
     if isinstance(normaliser, Linear):
         if other := [part.kind for part in parts if not isinstance(part, Full | Causal)]:
             raise ValueError(

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from stgen.ops import dispatch
 from stgen.ops.block_sparse_attention import block_sparse_attention, check_support
 from stgen.ops.block_sparse_attention.reference import bias_reference, mask_reference
-from stgen.ops.dense_attention.reference import attention_map_reference, dense_attention_reference
+from stgen.ops.dense_attention.reference import Transform, attention_map_reference, dense_attention_reference
 from stgen.ops.normaliser import Normaliser
 from stgen.ops.support import Support
 
@@ -70,6 +70,7 @@ def attention_map(
     support: Support | None = None,
     normaliser: Normaliser | str = "softmax",
     sink: Tensor | None = None,
+    transform: Transform | None = None,
 ) -> Tensor:
     """The map P [S, heads, n, m] with out = P v, for short sequences whose map is used again.
 
@@ -77,6 +78,8 @@ def attention_map(
         q, k: [S, heads, n, D] and [S, heads, m, D].
         key_mask, support: which keys may be attended, [S, m] bool and a Support; both must allow a key.
         normaliser, sink: as in `dense_attention`.
+        transform: of scores [S, heads, n, m] and of the mask that broadcasts to them (None for all), what f is to see
+            instead; it keeps a score of every query that has a key.
     """
     normaliser = Normaliser.of(normaliser)
     normaliser.check_sink(sink, q.shape[1])
@@ -86,7 +89,7 @@ def attention_map(
         check_support(q, k, support)
         kept = mask_reference(support, len(q))
         mask, bias = kept if mask is None else kept & mask, bias_reference(support, len(q))
-    return attention_map_reference(q, k, mask, normaliser, sink, bias)
+    return attention_map_reference(q, k, mask, normaliser, sink, bias, transform)
 
 
 def _every_block(q: Tensor, k: Tensor, key_mask: Tensor | None) -> Support:

@@ -1,11 +1,14 @@
 """The definition of attention: explicit products in plain PyTorch, gradients by autograd."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from stgen.ops.normaliser import Normaliser
 
 SOFTMAX = Normaliser("softmax")
+Transform = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def attention_map_reference(
@@ -15,6 +18,7 @@ def attention_map_reference(
     normaliser: Normaliser = SOFTMAX,
     sink: Tensor | None = None,
     bias: Tensor | None = None,
+    transform: Transform | None = None,
 ) -> Tensor:
     """The map P [S, heads, n, m] with out = P v; rows without keys are zero and give no gradient.
 
@@ -22,9 +26,11 @@ def attention_map_reference(
         q, k: [S, heads, n, D] and [S, heads, m, D].
         mask: bool, true where a key may be attended; `bias` is added to the scores. Both broadcast to the map.
         sink: [heads] score of a further key without value.
+        transform: of scores and mask, what f sees instead of the scores.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # scaled first: fp16 products overflow at 65504
     scores = scores if bias is None else scores + bias
+    scores = scores if transform is None else transform(scores, mask)
     if normaliser.kind == "softmax" and sink is None:  # the same by PyTorch's own kernel, for speed
         if mask is None:
             return scores.softmax(-1)
