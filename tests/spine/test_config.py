@@ -504,7 +504,8 @@ def test_a_fault_in_the_pattern_of_some_heads():
     heads = "model.mixers.temporal.heads.0-1"
     assert faults(mixer('heads:\n  "0-1":\n    sink: logi\n    pattern: 3\n    normaliser: [relu]')) == [
         f"{heads}.pattern: should be null, {FORMS}, got 3 (x.yaml:8)",
-        f"{heads}.normaliser: should be null, a mapping of keys or one of softmax, off_by_one, relu, relu2, poly, linear, "
+        f"{heads}.normaliser: should be null, a mapping of keys or one of softmax, off_by_one, relu, relu2, poly, "
+        "poly_logits, linear, "
         'got ["relu"] (x.yaml:9)',
         f"{heads}.sink: should be one of none, logit, tokens, got 'logi'; did you mean logit? (x.yaml:7)",
     ]
