@@ -12,6 +12,7 @@ from stgen.attention.attend import Attention, CrossAttention
 from stgen.attention.reuse import Carry, Use
 from stgen.mixers.sequences import SequenceMixer
 from stgen.ops.cost import Work, linear_flops
+from stgen.ops.modulated_norm import modulated_norm
 from stgen.tokens import Grid
 
 
@@ -30,10 +31,6 @@ class ModulationTable(nn.Module):
         return (shared + self.table.to(shared.dtype)).unsqueeze(2).unbind(1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
-
-
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -50,14 +47,13 @@ class Mixing(nn.Module):
 
     def __init__(self, width: int, branches: nn.ModuleList):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = ModulationTable(width)
         self.branches = branches
 
     def forward(self, x: Tensor, grid: Grid, rope, shared: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
         """x [B, N, C] with the gated output of the branches added, the modulated input they were given, the carry."""
         shift, scale, gate = self.modulation(shared)
-        h = modulate(self.norm(x), shift, scale)
+        h = modulated_norm(x, shift, scale)
         update, carry = self.branches[0](h, grid, rope, carry)
         for branch in self.branches[1:]:
             more, carry = branch(h, grid, rope, carry)
@@ -113,7 +109,6 @@ class Block(nn.Module):
         )
         self.prompting = Prompting(width, heads, qk_norm) if cross else None
         self.parallel_mlp = parallel_mlp
-        self.mlp_norm = None if parallel_mlp else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp_modulation = ModulationTable(width, rows=1 if parallel_mlp else 3)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
@@ -146,8 +141,8 @@ class Block(nn.Module):
             x = torch.addcmul(x, gate, self.mlp(h))
         if self.prompting is not None:
             x = self.prompting(x, text, text_mask)
-        if self.mlp_norm is not None:
-            x = torch.addcmul(x, gate, self.mlp(modulate(self.mlp_norm(x), *shift_scale)))
+        if not self.parallel_mlp:
+            x = torch.addcmul(x, gate, self.mlp(modulated_norm(x, *shift_scale)))
         return x, carry
 
     def work(self, grid: Grid, text_tokens: int) -> Work:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from stgen.attention import plan as plan_grammar
 from stgen.attention import reuse
 from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer
-from stgen.blocks import Block, modulate
+from stgen.blocks import Block
 from stgen.mixers.spec import KINDS, TCN, Recurrent, TokenMixer
 from stgen.ops.cost import Work, linear_flops
+from stgen.ops.modulated_norm import modulated_norm
 from stgen.tokens import Grid, grid_of, patchify, rope_tables, sincos_positions, unpatchify
 
 
@@ -98,7 +99,6 @@ class VideoTransformer(ModelMixin, ConfigMixin):
             )
             for terms in reuse.place(layers, keys, heads)
         )
-        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final_proj = nn.Linear(width, patch_numbers)
         if positions == "learned":
@@ -148,7 +148,7 @@ class VideoTransformer(ModelMixin, ConfigMixin):
         x = x[:, self.config.registers :]
 
         shift, scale = self.final_modulation(condition).unsqueeze(1).chunk(2, dim=-1)  # [B, 1, C]
-        x = self.final_proj(modulate(self.final_norm(x), shift, scale))
+        x = self.final_proj(modulated_norm(x, shift, scale))
         sample = unpatchify(x, grid, self.patch_size)  # [B, C, T, H, W]
         return VideoTransformerOutput(sample=sample) if return_dict else (sample,)
 

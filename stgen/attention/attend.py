@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from stgen.attention import layout, normalisers
 from stgen.attention.approximate import Approximation
 from stgen.attention.pattern import Pattern, PatternError, Remade, Setting
-from stgen.attention.patterns import leaves
+from stgen.attention.patterns import is_fixed, leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
 from stgen.attention.reuse import Carry, Kept, Use
@@ -26,11 +26,14 @@ from stgen.attention.selection import EVERY, Selection
 from stgen.attention.sinks import Sink
 from stgen.attention.spec import HeadGroup, Linear
 from stgen.ops.block_sparse_attention import block_sparse_attention
+from stgen.ops.boxes import Boxes
 from stgen.ops.cost import Work, attention_flops, linear_attention_flops, linear_flops
 from stgen.ops.dense_attention import attention_map, dense_attention
 from stgen.ops.linear_attention import linear_attention
+from stgen.ops.norm_rope import norm_rope
 from stgen.ops.normaliser import Normaliser
 from stgen.ops.rms_norm import rms_norm
+from stgen.ops.short_attention import apply_map, short_attention, takes_kernels
 from stgen.ops.support import Support
 from stgen.tokens import Grid, rotate
 
@@ -80,6 +83,9 @@ class Heads(nn.Module):
 
         `support` is one taken from an earlier layer.
         """
+        if (boxes := self._boxes(q, grid)) is not None:
+            support = support or self._support_in_place(q, k, grid)
+            return self._in_place(q, k, v, boxes, support), support
         q, k, v = (self._entering(x, name, grid) for x, name in ((q, "q"), (k, "k"), (v, "v")))
         if isinstance(q, FakeTensor):
             # A dry run has no numbers to choose by; dense attention keeps tensors of the same size for the backward.
@@ -91,6 +97,13 @@ class Heads(nn.Module):
         support = support or self._support(q, k, grid)
         return self._unfold(self._weigh(q, k, v, support, self._key_mask(grid, q)), grid), support
 
+    def with_map(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What the heads put out [B, N, heads, D], and the weights that they used [S, heads, n, m]."""
+        if (boxes := self._boxes(q, grid)) is not None:
+            return self._in_place(q, k, v, boxes, self._support_in_place(q, k, grid), return_map=True)
+        weights = self.map(q, k, grid)
+        return self.apply_map(weights, v, grid), weights
+
     def map(self, q: Tensor, k: Tensor, grid: Grid) -> Tensor:
         """The weights themselves: [S, heads, n, m], sink tokens and then registers first among the m keys."""
         q, k = self._entering(q, "q", grid), self._entering(k, "k", grid)
@@ -99,6 +112,8 @@ class Heads(nn.Module):
 
     def apply_map(self, weights: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Weights, of this layer or an earlier one, on values [B, N, heads, D] -> the same shape."""
+        if (boxes := self._boxes(v, grid)) is not None:
+            return apply_map(weights, v, boxes, self.sink.v)
         v = self._entering(v, "v", grid)
         v = self.sink.before(v, self.sink.v, weights.shape[-1] - v.shape[2])
         return self._unfold(weights.to(v.dtype) @ v, grid)
@@ -120,6 +135,40 @@ class Heads(nn.Module):
         if support is None:
             return dense_attention(q, k, v, mask, normaliser=self.normaliser, sink=self.sink.logit(q))
         return block_sparse_attention(q, k, v, support, self.normaliser, self.sink.logit(q))
+
+    def _in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, support: Support | None, return_map: bool = False
+    ) -> Any:
+        """The same for tokens [B, N, heads, D] that stay where they are: short sequences by kernels."""
+        mask = None if support is None else self._mask(support, len(q) * boxes.count)
+        sink_k, sink_v, logit = self.sink.k, self.sink.v, self.sink.logit(q)
+        return short_attention(
+            q, k, v, boxes, self.normaliser, logit, sink_k=sink_k, sink_v=sink_v, mask=mask, return_map=return_map
+        )
+
+    def _support_in_place(self, q: Tensor, k: Tensor, grid: Grid) -> Support | None:
+        """The support for tokens that are not folded otherwise; one of positions alone looks at none of them."""
+        if self.without_support or is_fixed(self.pattern):
+            return self._support(q, k, grid)
+        return self._support(self._fold(q, grid), self._fold(k, grid), grid)
+
+    def _mask(self, support: Support, sequences: int) -> Tensor:
+        """A support as a mask of the sequences' own keys [sequences or 1, heads or 1, n, n]."""
+        if (known := support.memo.get((Heads, sequences))) is not None:
+            return known
+        mask = support.dense()[..., support.keys - support.queries :]  # without the columns of the sink
+        if is_fixed(self.pattern) and (mask == mask[:1]).all():
+            mask = mask[:1]
+        if len(mask) > 1:
+            mask = mask.repeat(sequences // len(mask), 1, 1, 1)
+        support.memo[Heads, sequences] = mask
+        return mask
+
+    def _boxes(self, x: Tensor, grid: Grid) -> Boxes | None:
+        """The sequences as boxes, if kernels attend them where their tokens x [B, N, heads, D] lie."""
+        plain = self.features is None and self.remade is None and self.approximation is None and not self.makes_map
+        boxes = self.layout.boxes(grid) if plain and not self.registers else None
+        return boxes if boxes is not None and takes_kernels(x, boxes, self.sink.v) else None
 
     def _map(self, q: Tensor, k: Tensor, support: Support | None, mask: Tensor | None) -> Tensor:
         """The weights of q [S, heads, n, D] on keys k [S, heads, m, D], the sink's among them: [S, heads, n, m]."""
@@ -261,9 +310,13 @@ class Mixer(nn.Module):
         outputs, maps, supports = [], [], []
         for i, heads in enumerate(self.runs):
             own = slice(heads.group.first, heads.group.first + heads.group.count)
-            if use.takes == "map" or "map" in use.lends:
-                maps.append(taken.maps[i] if use.takes == "map" else heads.map(q[:, :, own], k[:, :, own], grid))
+            if use.takes == "map":
+                maps.append(taken.maps[i])
                 outputs.append(heads.apply_map(maps[-1], v[:, :, own], grid))
+            elif "map" in use.lends:
+                out, weights = heads.with_map(*(x[:, :, own] for x in (q, k, v)), grid)
+                outputs.append(out)
+                maps.append(weights)
             else:
                 given = taken.supports[i] if use.takes == "support" else None
                 out, support = heads(*(x[:, :, own] for x in (q, k, v)), grid, given)
@@ -309,15 +362,24 @@ class Attention(nn.Module):
         parts = [x] * len(self.sizes) if self.to_qkv is None else self.to_qkv(x).split(self.sizes, dim=-1)
         outputs = []
         for mixer, part in zip(self.mixers, parts, strict=True):
-            names = PROJECTED[mixer.use.takes]
-            heads = part.unflatten(-1, (len(names), -1, self.head_dim)).unbind(2) if names else ()
-            given = dict(zip(names, heads, strict=True))  # each [B, registers + N, heads, D]
-            q, k = self._placed(given.get("q"), self.q_norm, rope), self._placed(given.get("k"), self.k_norm, rope)
-            out, kept = mixer(q, k, given.get("v"), grid, carry)
+            q, k, v = self._projected(part, PROJECTED[mixer.use.takes], rope)
+            out, kept = mixer(q, k, v, grid, carry)
             outputs.append(out)
             carry = {**carry, mixer.use.number: kept} if mixer.use.lends else carry
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return self.to_out(out.flatten(2)), carry
+
+    def _projected(self, part: Tensor, names: str, rope: tuple[Tensor, Tensor] | None) -> Any:
+        """Queries, keys and values [B, registers + N, heads, D], normed and placed; None for those not in `names`."""
+        if not names:
+            return None, None, None
+        packed = part.unflatten(-1, (len(names), -1, self.head_dim))  # [B, registers + N, 3, heads, D]
+        if names == "qkv":
+            gain_q, gain_k = (None if norm is None else norm.gain for norm in (self.q_norm, self.k_norm))
+            return norm_rope(packed, gain_q, gain_k, rope)
+        given = dict(zip(names, packed.unbind(2), strict=True))
+        q, k = self._placed(given.get("q"), self.q_norm, rope), self._placed(given.get("k"), self.k_norm, rope)
+        return q, k, given.get("v")
 
     @staticmethod
     def _placed(x: Any, norm: HeadNorm | None, rope: tuple[Tensor, Tensor] | None) -> Tensor | None:
