@@ -15,6 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train": (train, "train on a folder of videos"),
         "sample": (sample, "sample clips from a run"),
         "inspect": (inspect, "draw the attention of a config, and measure that of a run"),
+        "bench": (bench, "measure the attention of a config on this machine"),
+        "doctor": (doctor, "whether training can run here, and which kernels work"),
         "probe": (probe, "train one attention layer of each normaliser to recall, and compare them"),
     }
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -145,6 +147,45 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         from stgen.lab.inspect import inspect_config
 
         inspect_config(cfg, args.output_dir or cfg.output_dir.with_name(cfg.output_dir.name + "-inspect"))
+
+
+def bench(argv: Sequence[str] | None = None) -> None:
+    """`stgen bench attention --config CONFIG [key=value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen bench",
+        description="At a run's own shapes and on this machine: what the attention of each mixer costs, forward and with "
+        "backward, beside dense attention in its layout and over the whole clip; what share of a training step that "
+        "saves; each implementation; and from what length on a mixer is the faster. Writes bench.json and bench.png. "
+        "Ctrl-C keeps what is measured. Another device: run.device=cpu.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("what", choices=("attention",), help="what to measure")
+    add("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    add("--config", type=Path, required=True, help="a YAML file, such as configs/quickstart.yaml")
+    add("--output_dir", type=Path, help="where to write (default: the config's run.output_dir with -bench behind)")
+    add("--repeats", type=_count, default=10, help="rounds that are counted")
+    args = parser.parse_intermixed_args(argv)
+    cfg = _config(args.config, args.overrides)
+    with _told():
+        from stgen.build import device_of
+        from stgen.lab.bench import bench_attention
+
+        out = args.output_dir or cfg.output_dir.with_name(cfg.output_dir.name + "-bench")
+        bench_attention(cfg, device_of(cfg), out, args.repeats)
+
+
+def doctor(argv: Sequence[str] | None = None) -> None:
+    """`stgen doctor`."""
+    argparse.ArgumentParser(
+        prog="stgen doctor",
+        description="Whether training can run on this machine and which kernels do its work, a line each, with what to do "
+        "where something is missing. Ends with 0 if training can run.",
+    ).parse_args(argv)
+    with _told():
+        from stgen.lab.doctor import doctor as run
+
+        sys.exit(0 if run().can_train else 1)
 
 
 def probe(argv: Sequence[str] | None = None) -> None:
