@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class Recaller(nn.Module):
         self.qkv, self.out = weight(width, 3 * width, std=width**-0.5), weight(width, width, std=width**-0.5)
         self.head = weight(width, task.values, std=width**-0.5)
         self.gains = nn.ParameterList(torch.ones(n) for n in (width, head_dim, head_dim, width))
-        self.normaliser = build(normaliser, recipe.heads, head_dim, seed)
+        self.normaliser: Any = build(normaliser, recipe.heads, head_dim, seed)
         self.sink = Sink(spec.NoSink(), normaliser, recipe.heads, head_dim)
 
     def forward(self, keys: Tensor, values: Tensor) -> Tensor:

@@ -1,28 +1,78 @@
 """Scores of blocks of queries against blocks of keys, and supports made of the best: exact, ties to the lower index.
 
-Nothing here carries a gradient, except `pool` and `block_scores`.
+Nothing here carries a gradient, except `pool` and `block_scores` in PyTorch.
 """
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stgen.ops.block_scores.reference import block_scores_reference, keep_top, pool_reference
+from stgen.ops.block_scores.reference import (
+    block_scores_reference,
+    keep_top,
+    lists_reference,
+    pool_reference,
+)
 from stgen.ops.block_scores.reference import keep_above as keep_above
 from stgen.ops.block_scores.reference import keep_mass as keep_mass
 from stgen.ops.block_scores.reference import masked_softmax as masked_softmax
 from stgen.ops.support import BUILD_PAIRS, SOME, Support
 
+Impl = Literal["auto", "reference", "triton"]
 
-def pool(x: Tensor, filled: Tensor, block: int) -> Tensor:
+LONGEST = 4096  # blocks of a row that a kernel keeps in registers
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Selection(NamedTuple):
+    """The blocks of keys that each block of queries keeps."""
+
+    kept: Tensor  # [S, heads, query blocks, key blocks] bool
+    counts: Tensor  # [S, heads, query blocks] int32
+    lists: Tensor  # [S, heads, query blocks, width] int32: ascending; places beyond the count hold the first, or 0
+
+    def transposed(self, width: int | None = None, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+        """Of each block of keys the number of query blocks that keep it and their list, `width` places wide.
+
+        [S, heads, key blocks] and [S, heads, key blocks, width] int32, as in `counts` and `lists`; width is the number
+        of query blocks unless given, and should hold the longest list.
+        """
+        width = self.kept.shape[2] if width is None else width
+        _check_impl(impl)
+        if impl == "triton" or (impl == "auto" and self.kept.is_cuda):
+            from stgen.ops.block_scores.library import transpose_op
+
+            return transpose_op(self.kept, width)
+        turned = self.kept.transpose(-1, -2)
+        return turned.sum(-1, dtype=torch.int32), lists_reference(turned, width)
+
+
+def pool(x: Tensor, filled: Tensor, block: int, impl: Impl = "reference") -> Tensor:
     """Means over blocks of the places that hold tokens: [S, heads, blocks, D], float32 or wider.
 
     Args:
         x: [S, heads, n, D].
         filled: [groups, heads or 1, n] bool, as `Support.attended` gives it.
         block: places of a block; the last may be ragged.
+        impl: `reference`, `triton`, which carries no gradient, or `auto`.
     """
+    _check_impl(impl)
+    reason = (
+        None if x.dtype in DTYPES else f"x is {str(x.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+    )
+    if impl == "triton" and reason:
+        raise ValueError(f"impl triton cannot pool: {reason}; take auto")
+    if impl == "triton" or (impl == "auto" and x.is_cuda and reason is None and not _is_learned(x)):
+        from stgen.ops.block_scores.library import pool_op
+
+        return pool_op(x, filled, block)
     return pool_reference(x, spread(filled, x), block)
+
+
+def _is_learned(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def block_scores(q: Tensor, k: Tensor, allowed: Support) -> Tensor:
@@ -62,11 +112,91 @@ def over_blocks(filled: Tensor, queries: int, block: int) -> Support | None:
 
 
 @torch.no_grad()
-def top_blocks(q: Tensor, k: Tensor, allowed: Support, ratio: float) -> Support:
-    """The best share `ratio` of the allowed key blocks of each query block, by pooled scores; at least one."""
-    scores = block_scores(q, k, allowed)
-    kept = spread(allowed.kept, scores)
-    return of_blocks(keep_top(scores, kept, share_of(kept.sum(-1), ratio)), allowed)
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    allowed: Tensor,
+    *,
+    top: Tensor | None = None,
+    mass: float | None = None,
+    above: float | None = None,
+    width: int | None = None,
+    impl: Impl = "auto",
+) -> Selection:
+    """Of each block of queries the best allowed blocks of keys, by the scores of their pools; exact, without a gradient.
+
+    Args:
+        q, k: [S, heads, query blocks, D] and [S, heads, key blocks, D] float32, as from `pool`.
+        allowed: [groups, heads or 1, query blocks, key blocks] bool; sequence s takes group s % groups.
+        top: how many to keep, [..., query blocks] whole numbers (`keep_top`); or else one of
+        mass: the fewest whose softmax sums to this (`keep_mass`), above 0; or
+        above: those whose softmax is this or more, and the best (`keep_above`).
+        width: places of a list: all key blocks unless given. `top` never keeps more than these.
+        impl: `reference` (sorts each row), `triton` (rows of up to 4096 blocks) or `auto`.
+
+    Raises:
+        ValueError: not one rule, an unknown impl, a width without room, or kernels that cannot do the call.
+    """
+    rule, share = _rule(top, mass, above)
+    _check_impl(impl)
+    width = k.shape[2] if width is None else width
+    if not 1 <= width <= k.shape[2]:
+        raise ValueError(f"width should be from 1 to the {k.shape[2]} key blocks, got {width}")
+    counts = None if top is None else top.to(torch.int32).clamp(max=width).expand(*q.shape[:3])
+    reason = unfit(q, k)
+    if impl == "triton" and reason:
+        raise ValueError(f"impl triton cannot do this selection: {reason}; take auto")
+    if impl == "triton" or (impl == "auto" and q.is_cuda and reason is None):
+        from stgen.ops.block_scores.library import select_op
+
+        return Selection(*select_op(q, k, allowed, counts, rule, share, width))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    allowed = spread(allowed, scores)
+    if counts is not None:
+        kept = keep_top(scores, allowed, counts)
+    else:
+        kept = (keep_mass if rule == "mass" else keep_above)(scores, allowed, share)
+    return Selection(kept, kept.sum(-1, dtype=torch.int32), lists_reference(kept, width))
+
+
+def unfit(q: Tensor, k: Tensor) -> str | None:
+    """Why the kernels cannot select among pooled q and k, as a clause; None if they can."""
+    for name, x in (("q", q), ("k", k)):
+        if x.dtype != torch.float32:
+            return f"pooled {name} is {str(x.dtype).removeprefix('torch.')}, not float32"
+        if x.numel() == 0:
+            return f"{name} is empty"
+    if k.shape[2] > LONGEST:
+        return f"rows of {k.shape[2]} key blocks are longer than the {LONGEST} that registers hold"
+    return None
+
+
+def _rule(top: Tensor | None, mass: float | None, above: float | None) -> tuple[str, float]:
+    given = {name: x for name, x in (("top", top), ("mass", mass), ("above", above)) if x is not None}
+    if len(given) != 1:
+        raise ValueError(f"give one of top, mass and above, got {', '.join(given) or 'none'}")
+    if mass is not None and mass <= 0:
+        raise ValueError(f"mass should be above 0, got {mass}")
+    return next(iter(given)), float(mass or above or 0)
+
+
+def _check_impl(impl: str) -> None:
+    if impl not in ("auto", "reference", "triton"):
+        raise ValueError(f"impl should be auto, reference or triton, got {impl!r}")
+
+
+@torch.no_grad()
+def top_blocks(q: Tensor, k: Tensor, allowed: Support, ratio: float, impl: Impl = "auto") -> Support:
+    """The best share `ratio` of the allowed key blocks of each query block, by pooled scores; at least one.
+
+    impl: `reference`, `triton` (float32, float16 and bfloat16, up to 4096 key blocks) or `auto`, which takes it on a
+    GPU where it fits.
+    """
+    counts = share_of(allowed.kept.sum(-1), ratio)
+    filled = allowed.per_query() > 0, allowed.attended()
+    pooled_q, pooled_k = (pool(x, f, b, impl) for x, f, b in zip((q, k), filled, allowed.block, strict=True))
+    counts = spread(counts, pooled_q[..., 0])
+    return of_blocks(select_blocks(pooled_q, pooled_k, allowed.kept, top=counts, impl=impl).kept, allowed)
 
 
 @torch.no_grad()

@@ -58,3 +58,11 @@ def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
 def _descending(scores: Tensor, allowed: Tensor) -> Tensor:
     """Indices of each row by falling score, those not allowed last."""
     return scores.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+
+
+def lists_reference(kept: Tensor, width: int) -> Tensor:
+    """Indices of what each row keeps, ascending, then the first of them again or 0: [..., m] -> [..., width] int32."""
+    order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    found, first = kept.sum(-1, keepdim=True), order[..., :1] * kept.any(-1, keepdim=True)
+    lists = torch.where(torch.arange(kept.shape[-1], device=kept.device) < found, order, first)
+    return pad(lists[..., :width], (0, max(0, width - kept.shape[-1]))).to(torch.int32)

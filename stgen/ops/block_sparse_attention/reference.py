@@ -20,10 +20,16 @@ def bias_reference(support: Support, sequences: int) -> Tensor | None:
     return bias[:, :, : support.queries, : support.keys]
 
 
+def for_each_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values of fewer heads, repeated for as many of queries: [S, some, m, D] -> [S, heads, m, D]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
 def block_sparse_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, support: Support, normaliser: Normaliser, sink: Tensor | None, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Output [S, heads, n, D] and, where asked for, LSE [S, heads, n]."""
+    k, v = for_each_head(k, q.shape[1]), for_each_head(v, q.shape[1])
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [S, heads, n, m]
     if (bias := bias_reference(support, len(q))) is not None:
         scores = scores + bias

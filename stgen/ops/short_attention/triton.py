@@ -12,7 +12,7 @@ The backward computes the weights again from q and k, and all gradients in one p
     dS = f' / mass (dP - delta);  dq = dS k / sqrt(D);  dk = dS' q / sqrt(D);  dv = P' dO
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import math
 from typing import Any, NamedTuple
@@ -432,6 +432,28 @@ def _apply_backward(
 # ---------------------------------------------------------------------------------------------------------- launchers
 
 
+# What bf16 tiles compile to, without spills (registers per thread, KiB of shared memory, programs that fit on a
+# multiprocessor of 65536 registers and 228 KiB); triton 3.9 for sm_90, and 3.6 where it differs by more than a few:
+#
+# | places x width | group, warps | forward | backward |
+# |---|---|---|---|
+# | 16 x 64 | 4, 4 | 56, 16, 9 | 72, 24, 7 |
+# | 16 x 72 | 4, 4 | 72, 20, 7 | 93, 30, 5 |
+# | 16 x 128 | 2, 2 | 96, 16, 10 | 128, 24, 8 |
+# | 32 x 64 | 2, 2 | 95, 16, 10 (106, 16, 8) | 180, 24, 4 |
+# | 32 x 72 | 2, 2 | 106, 20, 8 (128, 20, 8) | 178, 30, 4 |
+# | 32 x 128 | 1, 4 | 64, 16, 8 | 106, 24, 4 (86, 40, 5) |
+# | 64 x 64 | 1, 4 | 80, 24, 6 | 111, 32, 4 |
+# | 64 x 72 | 1, 4 | 82, 30, 5 | 158, 42, 3 |
+# | 64 x 128 | 1, 4 | 124, 48, 4 | 163, 64, 3 |
+# | 128 x 64 | 1, 8 | 111, 48, 2 | 160, 80, 1 |
+# | 128 x 128 | 1, 8 | 124, 96, 2 | 204, 128, 1 |
+#
+# Backwards that do not fit: float32 from 64 places on (kilobytes spilled); before Hopper 128 places (124 B at width 64,
+# 1.8 KB at 128) and 64 with rows of a sink (44 B). Products of [items, ...] with fewer items than warps are done by
+# every warp in 3.6.
+
+
 class Tiles(NamedTuple):
     """What a program works on, and with how many warps."""
 
@@ -472,7 +494,7 @@ def forward(
     lse = q.new_empty(call.map_shape[:3], dtype=torch.float32) if with_lse else None
     mask, vec = call.spread(mask), _vec(q, k, v, out)
     _attend[call.programs](
-        q, k, v, sink, _whole(sink_k), _whole(sink_v), mask, out, weights, lse,
+        q, k, v, _whole(sink), _whole(sink_k), _whole(sink_v), mask, out, weights, lse,
         *(_strides(x, vec) for x in (q, k, v)), _strides(mask), _strides(out, vec), _strides(weights),
         call.sequences, call.heads, boxes.grid, boxes.counts, q.shape[3] ** -0.5,
         VEC=vec, **call.shape, **kernel_kind(normaliser), num_warps=call.tiles.warps, num_stages=1,
@@ -493,7 +515,7 @@ def backward(
     d_sink_k, d_sink_v = call.parts(sink_k), call.parts(sink_v)
     mask, vec = call.spread(mask), _vec(q, k, v, d_out, dq)
     _attend_backward[call.programs](
-        q, k, v, sink, _whole(sink_k), _whole(sink_v), mask, d_out, d_map, _whole(d_lse),
+        q, k, v, _whole(sink), _whole(sink_k), _whole(sink_v), mask, d_out, d_map, _whole(d_lse),
         dq, dk, dv, d_sink, d_sink_k, d_sink_v,
         *(_strides(x, vec) for x in (q, k, v)), _strides(mask), _strides(d_out, vec), _strides(d_map), _strides(dq, vec),
         call.sequences, call.heads, boxes.grid, boxes.counts, q.shape[3] ** -0.5,
