@@ -68,13 +68,13 @@ class Numbers(nn.Module):
         return torch.tensor(rows, dtype=torch.float64).view(torch.int64)
 
     def _write(self) -> None:
-        if self.schedules:
+        if self._has_buffer:
             self.reached.copy_(self._as_buffer())
             self._stamp = self._stamp_now()
 
     def _read(self) -> None:
-        """Take up what was loaded; a model that is only sketched holds nothing to read."""
-        if not self.schedules or self.reached.is_meta or isinstance(self.reached, FakeTensor):
+        """Take up what was loaded."""
+        if not self._has_buffer:
             return
         if self._stamp is not None and self._stamp == self._stamp_now():
             return
@@ -83,6 +83,11 @@ class Numbers(nn.Module):
         self._values = [row[0] for row in rows]
         self._now = settled(self.section, dict(zip(self.schedules, self._values, strict=True)))
         self._stamp = self._stamp_now()
+
+    @property
+    def _has_buffer(self) -> bool:
+        """A model that is only sketched has none to read or write."""
+        return bool(self.schedules) and not self.reached.is_meta and not isinstance(self.reached, FakeTensor)
 
     def _stamp_now(self) -> tuple[int, int]:
         return self.reached.data_ptr(), -1 if self.reached.is_inference() else self.reached._version

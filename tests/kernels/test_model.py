@@ -8,7 +8,7 @@ import torch
 from stgen.model import VideoTransformer
 from stgen.ops import dispatch
 
-GRID = (4, 4, 8)
+GRID = (4, 2, 4)
 LOCAL = {"kind": "local", "radius": 1}
 MIXERS = {
     "temporal": {"layout": "temporal"},
@@ -60,7 +60,10 @@ def kernels_on_cpu(monkeypatch):
     dispatch._works.cache_clear()
 
 
-@pytest.mark.parametrize("name", MIXERS)
+QUICK = ("temporal", "sink tokens", "blocks")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MIXERS])
 def test_a_model_with_kernels_is_the_model(name, kernels_on_cpu, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "stgen"):
         losses, gradients = curve(build(MIXERS[name]), steps=2)
@@ -77,9 +80,9 @@ def test_a_model_with_kernels_is_the_model(name, kernels_on_cpu, monkeypatch, ca
 def test_training_with_kernels_draws_the_same_curve(kernels_on_cpu, monkeypatch):
     mixers = {"a": MIXERS["sink tokens"], "b": MIXERS["causal"], "c": MIXERS["blocks"]}
     keys = dict(plan="a b c", depth=3, mixers=mixers)
-    losses, _ = curve(build(None, **keys), steps=40)
+    losses, _ = curve(build(None, **keys), steps=20)
     monkeypatch.setattr(dispatch, "is_gpu", lambda x: False)
-    expected, _ = curve(build(None, **keys), steps=40)
+    expected, _ = curve(build(None, **keys), steps=20)
     assert losses == pytest.approx(expected, rel=1e-3)
     assert losses[-1] < 0.9 * losses[0]
 
