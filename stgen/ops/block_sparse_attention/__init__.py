@@ -132,13 +132,21 @@ def unfit(q: Tensor, support: Support) -> str | None:
 
 def _chosen(impl: str, q: Tensor, k: Tensor, support: Support) -> str:
     if impl == "auto":
-        fits = q.is_cuda and unfit(q, support) is None
-        return "triton" if fits else dispatch.block_sparse(q, k.shape[-2])
+        shape = (q.shape[3], support.block)
+        by_kernels = dispatch.by_kernels("block_sparse_attention", q, unfit(q, support), _trial, *shape)
+        return "triton" if by_kernels else dispatch.block_sparse(q, k.shape[-2])
     if impl == "triton" and (reason := unfit(q, support)) is not None:
         raise ValueError(f"impl should be auto, reference or gather, got 'triton', which {reason}")
     if impl not in (*IMPLS, "triton"):
         raise ValueError(f"impl should be auto, {', '.join(IMPLS)} or triton, got {impl!r}")
     return impl
+
+
+def _trial(device: torch.device, dtype: torch.dtype, width: int, block: tuple[int, int]) -> None:
+    """The smallest forward and backward pass of the kernels."""
+    q, k, v = torch.zeros(3, 1, 1, max(block), width, dtype=dtype, device=device).requires_grad_()
+    every = Support.full(max(block), max(block), block, device)
+    block_sparse_attention(q, k, v, every, impl="triton").sum().backward()
 
 
 def _has_order_by_head(support: Support) -> bool:
