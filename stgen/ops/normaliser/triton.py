@@ -35,12 +35,6 @@ def unit(KIND: tl.constexpr):
 
 
 @triton.jit
-def by_count(KIND: tl.constexpr):
-    """Whether the mass is the number of keys: no level, no LSE, no logit sink."""
-    return KIND == RELU or KIND == RELU2
-
-
-@triton.jit
 def level_of(top, KIND: tl.constexpr):
     """The level of rows from their largest score; finite where that is -inf."""
     if KIND == RELU or KIND == RELU2:
