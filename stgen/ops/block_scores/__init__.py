@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stgen.ops import dispatch
 from stgen.ops.block_scores.reference import (
     block_scores_reference,
     keep_top,
@@ -41,7 +42,7 @@ class Selection(NamedTuple):
         """
         width = self.kept.shape[2] if width is None else width
         _check_impl(impl)
-        if impl == "triton" or (impl == "auto" and self.kept.is_cuda):
+        if impl == "triton" or (impl == "auto" and dispatch.by_kernels("block_scores", self.kept, None, _trial)):
             from stgen.ops.block_scores.library import transpose_op
 
             return transpose_op(self.kept, width)
@@ -64,7 +65,8 @@ def pool(x: Tensor, filled: Tensor, block: int, impl: Impl = "reference") -> Ten
     )
     if impl == "triton" and reason:
         raise ValueError(f"impl triton cannot pool: {reason}; take auto")
-    if impl == "triton" or (impl == "auto" and x.is_cuda and reason is None and not _is_learned(x)):
+    by_kernels = impl == "auto" and not _is_learned(x) and dispatch.by_kernels("block_scores", x, reason, _trial)
+    if impl == "triton" or by_kernels:
         from stgen.ops.block_scores.library import pool_op
 
         return pool_op(x, filled, block)
@@ -146,7 +148,7 @@ def select_blocks(
     reason = unfit(q, k)
     if impl == "triton" and reason:
         raise ValueError(f"impl triton cannot do this selection: {reason}; take auto")
-    if impl == "triton" or (impl == "auto" and q.is_cuda and reason is None):
+    if impl == "triton" or (impl == "auto" and dispatch.by_kernels("block_scores", q, reason, _trial)):
         from stgen.ops.block_scores.library import select_op
 
         return Selection(*select_op(q, k, allowed, counts, rule, share, width))
@@ -157,6 +159,13 @@ def select_blocks(
     else:
         kept = (keep_mass if rule == "mass" else keep_above)(scores, allowed, share)
     return Selection(kept, kept.sum(-1, dtype=torch.int32), lists_reference(kept, width))
+
+
+def _trial(device: torch.device, dtype: torch.dtype) -> None:
+    """The smallest selection by the kernels."""
+    q = torch.zeros(1, 1, 1, 16, device=device)
+    every = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    select_blocks(q, q, every, top=every.sum(-1), impl="triton").transposed(impl="triton")
 
 
 def unfit(q: Tensor, k: Tensor) -> str | None:

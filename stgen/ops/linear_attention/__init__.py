@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stgen.ops import dispatch
 from stgen.ops.linear_attention.reference import (
     chunk_mask,
     linear_attention_reference,
@@ -98,7 +99,7 @@ def linear_attention_segments(
     state = state or (v.new_zeros(sizes, dtype=wide), v.new_zeros(sizes[:3], dtype=wide))
     _check_segments(phi_q, phi_k, v, segment, state, impl)
     if impl == "auto":
-        impl = "triton" if v.is_cuda and unfit(phi_q, phi_k, v) is None else "reference"
+        impl = "triton" if _by_kernels(phi_q, phi_k, v) else "reference"
     if impl == "triton":
         _check_fit(phi_q, phi_k, v)
         from stgen.ops.linear_attention.library import linear_attention_segments_op
@@ -131,8 +132,20 @@ def _check_fit(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> None:
         raise ValueError(f"impl triton cannot do this linear attention: {reason}; take auto")
 
 
+def _by_kernels(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> bool:
+    shape = (phi_q.dtype, phi_k.shape[-1], v.shape[-1])
+    return dispatch.by_kernels("linear_attention", v, unfit(phi_q, phi_k, v), _trial, *shape)
+
+
+def _trial(device: torch.device, dtype: torch.dtype, of_features: torch.dtype, features: int, width: int) -> None:
+    """The smallest forward and backward pass of the kernels."""
+    phi = torch.ones(1, 1, 2, features, dtype=of_features, device=device).requires_grad_()
+    v = torch.zeros(1, 1, 2, width, dtype=dtype, device=device).requires_grad_()
+    linear_attention(phi, phi, v, impl="triton").sum().backward()
+
+
 def _fastest(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> str:
-    if v.is_cuda and unfit(phi_q, phi_k, v) is None:
+    if _by_kernels(phi_q, phi_k, v):
         return "triton"
     return "reference" if phi_k.shape[-2] <= phi_k.shape[-1] else "state"  # of weights and state the smaller
 
