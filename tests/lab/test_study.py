@@ -37,7 +37,9 @@ def test_a_shipped_variant_differs_from_its_base_in_one_key_and_varies_something
         runs = [module for module in model.modules() if isinstance(module, Heads)]
         if cell.key.endswith("pattern"):
             waits = "plateau" in str(cell.value)
-            assert waits or all(run.density(grid)[0] < 0.999 for run in runs), f"{cell.name} keeps every pair, as full does"
+            assert waits or all(run.density(grid)[0] < 0.999 for run in runs), (
+                f"{cell.name} keeps every pair, as full does"
+            )
         if cell.key == "model.plan":
             mixers = runs + [module for module in model.modules() if isinstance(module, SequenceMixer)]
             assert any(mixer.layout.sequence(grid)[0] > 1 for mixer in mixers), f"{cell.name} is joint attention"
