@@ -36,7 +36,7 @@ PROGRAMS = 528  # that a sum over all keys is split into, about: four for each m
 SPLIT = 256  # keys of a split at least
 CLASSES = (torch.bfloat16, torch.float16, torch.float32)
 TILES = {  # rows and columns of D of a tile, for up to 64 features and for more: what leaves registers enough on sm_80
-    "sum": ((64, 64), (64, 64), (64, 32), (64, 32), (32, 64), (16, 16)),
+    "sum": ((128, 64), (128, 64), (64, 32), (64, 32), (32, 64), (16, 16)),
     "scaled sum": ((64, 32), (64, 32), (64, 32), (64, 32), (32, 64), (16, 16)),
     "delta": ((64, 32), (64, 32), (64, 32), (16, 32), (32, 32), (32, 16)),
     "read": ((64, 32), (64, 32), (64, 32), (64, 16), (32, 32), (16, 16)),
