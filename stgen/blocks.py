@@ -26,9 +26,21 @@ class ModulationTable(nn.Module):
         self.table = nn.Parameter(torch.zeros(rows, width))
 
     def forward(self, shared: Tensor) -> tuple[Tensor, ...]:
-        """shared [B, rows, C] -> as many of [B, 1, C]: shift, scale and gate, or the gate alone."""
+        """shared [B, rows, C] -> as many of [B, 1, C]: shift, scale and gate, or the gate alone; B may count frames."""
         # In the type of `shared`: mixed precision then keeps the residual stream, and its traffic, in bfloat16.
         return (shared + self.table.to(shared.dtype)).unsqueeze(2).unbind(1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, N, C] normed, scaled and shifted by [B, 1, C], or by [B * frames, 1, C] frame by frame."""
+    rows = x.reshape(len(shift), -1, x.shape[-1])
+    return modulated_norm(rows, shift, scale).view(x.shape)
+
+
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update for x [B, N, C] and a gate [B, 1, C], or [B * frames, 1, C] frame by frame."""
+    rows = (len(gate), -1, x.shape[-1])
+    return torch.addcmul(x.reshape(rows), gate, update.reshape(rows)).view(x.shape)
 
 
 class MLP(nn.Module):
@@ -53,12 +65,12 @@ class Mixing(nn.Module):
     def forward(self, x: Tensor, grid: Grid, rope, shared: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
         """x [B, N, C] with the gated output of the branches added, the modulated input they were given, the carry."""
         shift, scale, gate = self.modulation(shared)
-        h = modulated_norm(x, shift, scale)
+        h = modulate(x, shift, scale)
         update, carry = self.branches[0](h, grid, rope, carry)
         for branch in self.branches[1:]:
             more, carry = branch(h, grid, rope, carry)
             update = update + more
-        return torch.addcmul(x, gate, update), h, carry
+        return gated(x, gate, update), h, carry
 
 
 class Prompting(nn.Module):
@@ -130,6 +142,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Carry]:
         """x [B, N, C]; shared modulation [B, 6, C], mixers' three then the MLP's; text [B, L, C] -> [B, N, C].
 
+        With a time for every frame the modulation is [B * frames, 6, C].
+
         `carry` is what earlier layers left for later ones; it is returned with what this layer leaves.
         """
         mixer_shared, mlp_shared = shared.chunk(2, dim=1)
@@ -138,11 +152,11 @@ class Block(nn.Module):
         for mixing in self.mixing:
             x, h, carry = mixing(x, grid, rope, mixer_shared, carry)
         if self.parallel_mlp:
-            x = torch.addcmul(x, gate, self.mlp(h))
+            x = gated(x, gate, self.mlp(h))
         if self.prompting is not None:
             x = self.prompting(x, text, text_mask)
         if not self.parallel_mlp:
-            x = torch.addcmul(x, gate, self.mlp(modulated_norm(x, *shift_scale)))
+            x = gated(x, gate, self.mlp(modulate(x, *shift_scale)))
         return x, carry
 
     def work(self, grid: Grid, text_tokens: int) -> Work:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from stgen.attention import plan as plan_grammar
 from stgen.attention import reuse
 from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer
-from stgen.blocks import Block
+from stgen.blocks import Block, modulate
 from stgen.mixers.spec import KINDS, TCN, Recurrent, TokenMixer
 from stgen.ops.cost import Work, linear_flops
-from stgen.ops.modulated_norm import modulated_norm
 from stgen.tokens import Grid, grid_of, patchify, rope_tables, sincos_positions, unpatchify
 
 
@@ -122,7 +121,8 @@ class VideoTransformer(ModelMixin, ConfigMixin):
 
         Args:
             hidden_states: latents [B, C, T, H, W].
-            timestep: [B] or a single number, 0 (data) to 1000 (noise).
+            timestep: a single number, [B], or [B, T] with one for every latent frame (those of a token alike); 0 (data) to
+                1000 (noise).
             encoder_hidden_states: the prompt's embeddings [B, L, text_width].
             encoder_attention_mask: [B, L], true for real tokens; None takes all.
         """
@@ -135,8 +135,8 @@ class VideoTransformer(ModelMixin, ConfigMixin):
 
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         text = self.text_embed(encoder_hidden_states)  # [B, L, C]
-        condition = nn.functional.silu(self._condition(timestep, text, mask, x.dtype))  # [B, C]
-        shared = self.modulation(condition).unflatten(-1, (6, -1))  # [B, 6, C]
+        condition = nn.functional.silu(self._condition(self._times(timestep, grid, text), text, mask, x.dtype))
+        shared = self.modulation(condition).unflatten(-1, (6, -1))  # [B or B * frames, 6, C]
 
         recompute: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
         carry: reuse.Carry = {}
@@ -147,22 +147,36 @@ class VideoTransformer(ModelMixin, ConfigMixin):
                 x, carry = block(x, grid, rope, shared, text, mask, carry)
         x = x[:, self.config.registers :]
 
-        shift, scale = self.final_modulation(condition).unsqueeze(1).chunk(2, dim=-1)  # [B, 1, C]
-        x = self.final_proj(modulated_norm(x, shift, scale))
+        shift, scale = self.final_modulation(condition).unsqueeze(1).chunk(2, dim=-1)  # [B or B * frames, 1, C]
+        x = self.final_proj(modulate(x, shift, scale))
         sample = unpatchify(x, grid, self.patch_size)  # [B, C, T, H, W]
         return VideoTransformerOutput(sample=sample) if return_dict else (sample,)
 
-    def _condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Time, and under adaLN the prompt, as one vector a clip: [B, C]."""
-        timestep = torch.as_tensor(timestep, device=text.device).expand(text.shape[0])
-        condition = self.time_embed(self.time_features(timestep).to(dtype))  # [B, C]
+    def _times(self, timestep: Tensor | float, grid: Grid, text: Tensor) -> Tensor:
+        """The time of each clip [B], or of each of its token frames [B, frames]."""
+        timestep = torch.as_tensor(timestep, device=text.device)
+        if timestep.ndim < 2:
+            return timestep.expand(text.shape[0])
+        if self.config.registers:
+            raise ValueError("timestep: registers have no frame, so a time for every frame needs registers: 0")
+        patch = self.patch_size[0]
+        if timestep.shape != (text.shape[0], grid.t * patch):
+            raise ValueError(
+                f"timestep: {list(timestep.shape)} given for {text.shape[0]} clips of {grid.t * patch} latent frames"
+            )
+        return timestep[:, ::patch]
+
+    def _condition(self, times: Tensor, text: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Time, and under adaLN the prompt, as one vector a clip [B, C], or a frame [B * frames, C]."""
+        condition = self.time_embed(self.time_features(times.flatten()).to(dtype))
         if self.config.conditioning == "cross":
             return condition
         # Each word is embedded on its own and the results are added, so that words compose: a combination never seen
         # is a sum of parts that were. Dividing by the root of their number keeps long prompts in scale.
         mask = text.new_ones(text.shape[:2]) if mask is None else mask.to(text.dtype)
         weights = mask.unsqueeze(-1)  # [B, L, 1]
-        return condition + (text * weights).sum(1) * weights.sum(1).clamp(min=1).rsqrt()
+        pooled = (text * weights).sum(1) * weights.sum(1).clamp(min=1).rsqrt()  # [B, C]
+        return condition + (pooled if times.ndim == 1 else pooled.repeat_interleave(times.shape[1], 0))
 
     def _positions(self, grid: Grid, x: Tensor) -> Tensor:
         if self.config.positions == "sincos":

@@ -23,8 +23,10 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...] to multiply a batch shaped as `like`."""
-    return values.to(like).view(-1, *(1,) * (like.ndim - 1))
+    """[B] -> [B, 1, ...], or [B, T] -> [B, 1, T, 1, ...], to multiply a batch shaped as `like`."""
+    if values.ndim == 1:
+        return values.to(like).view(-1, *(1,) * (like.ndim - 1))
+    return values.to(like).view(values.shape[0], 1, values.shape[1], *(1,) * (like.ndim - 3))
 
 
 def flow_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -50,6 +52,7 @@ class Objective:
 
     path: str = "flow"
     prediction_type: str = "v_prediction"
+    frame_times: str = "clip"
     timestep_density: str = "logit_normal"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -72,19 +75,33 @@ class Objective:
         ).clamp(1e-5, 1 - 1e-5)
         return shift_time(u, self.shift)
 
+    def draw_clip_times(self, frames: int, generator: torch.Generator) -> Tensor:
+        """The times of one clip: [1], or [frames] where `frame_times` says that frames differ.
+
+        frame: each has its own (Diffusion Forcing; Chen et al., arXiv:2407.01392); past: a random number of leading
+        frames, none to all but one, are clean (time 0) and the others share one, as when a clip goes on from given frames.
+        """
+        if self.frame_times == "frame":
+            return self.draw_times(frames, generator)
+        time = self.draw_times(1, generator)
+        if self.frame_times == "clip":
+            return time
+        past = int(torch.randint(frames, (), generator=generator))
+        return torch.cat([time.new_zeros(past), time.expand(frames - past)])
+
     def model_time(self, t: Tensor) -> Tensor:
         """The number the network is told: 1000 t under flow, the step's index under diffusion."""
         return t * 1000 if self.path == "flow" else self._step(t).to(t.dtype)
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """z of data x [B, ...], noise and times [B]."""
+        """z of data x [B, C, T, ...], noise and times [B], or under flow [B, T]."""
         if self.path == "flow":
             return flow_noise(x, noise, t)
         a, s = self._coefficients(t, x)
         return a * x + s * noise
 
     def loss(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean squared error of each clip: [B].
+        """Mean squared error of each clip: [B]; of clips with a time for every frame [B, T], over the frames that hold noise.
 
         Under flow the error is that of the velocity whatever the network predicts; for data prediction this weighs
         the error of x by 1 / t^2, held constant below SMALLEST_TIME.
@@ -94,7 +111,10 @@ class Objective:
                 error = (output.float() - x) / _column(t, x).clamp(min=SMALLEST_TIME)
             else:
                 error = output.float() - (noise - x)
-            return error.square().flatten(1).mean(1)
+            if t.ndim == 1:
+                return error.square().flatten(1).mean(1)
+            noisy = (t > 0).to(error)  # [B, T]
+            return (error.square().transpose(1, 2).flatten(2).mean(2) * noisy).sum(1) / noisy.sum(1).clamp(min=1)
         a, s = self._coefficients(t, x)
         target = {"epsilon": noise, "sample": x, "v_prediction": a * noise - s * x}[self.prediction_type]
         error = (output.float() - target).square().flatten(1).mean(1)

@@ -267,6 +267,9 @@ class Objective(Section):
     """Straight path from data to noise (rectified flow), or a variance-preserving diffusion schedule."""
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
     """What the network puts out; under flow, v is the velocity noise - data."""
+    frame_times: Literal["clip", "frame", "past"] = "clip"
+    """Noise within a clip: alike in all frames; each frame its own; or leading frames clean, as many as chance says, and the
+    others alike, which a clip that goes on from given frames asks for (sample.py --image, and streaming)."""
     timestep_density: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
     """Density from which training times are drawn."""
     logit_mean: float = 0.0
@@ -292,6 +295,8 @@ class Objective(Section):
             raise ValueError(
                 "prediction_type epsilon has no velocity at t = 0; with path flow write v_prediction or sample"
             )
+        if self.path == "diffusion" and self.frame_times != "clip":
+            raise ValueError("frame_times: frames of their own noise need path flow, in which clean frames have time 0")
         if self.path == "diffusion" and self.shift != 1.0:
             raise ValueError("shift moves flow times; with path diffusion choose a beta_schedule instead")
         return self
@@ -429,6 +434,10 @@ class Config(Section):
                 "validation.judged_noises: the oracle compares with held-out prompts; data.shapes.held_out is 0"
             )
         self._check_sampler()
+        if self.objective.frame_times != "clip" and model.registers:
+            raise ValueError(
+                "objective.frame_times: registers have no frame to take a time from; write model.registers: 0"
+            )
         if codec.kind == "pca":
             extents = (data.num_frames, data.height, data.width)
             for name, extent, patch in zip(("num_frames", "height", "width"), extents, codec.patch_size, strict=True):

@@ -18,17 +18,19 @@ def generator(*key: Any) -> torch.Generator:
 
 
 def draw(cfg: schema.Config, objective: Objective, batch: Batch, first: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Noise [B, ...], times [B] and captions after dropout, each keyed by (seed, number of the sample in the run).
+    """Noise [B, ...], times [B] or [B, T], and captions after dropout, each keyed by (seed, number of the sample in the run).
 
     So the draws do not depend on how a batch is cut into parts or shared out, and two runs of one seed see the same.
     """
     noise, times, captions = [], [], []
+    together = cfg.tokens.patch_size[0]  # latent frames of a token, which have one time
     for i, caption in enumerate(batch.captions):
         g = generator(cfg.run.seed, "draw", first + i)
-        times.append(objective.draw_times(1, g))
+        times.append(objective.draw_clip_times(batch.latents.shape[2] // together, g))
         captions.append("" if float(torch.rand((), generator=g)) < cfg.text.caption_dropout else caption)
         noise.append(torch.randn(batch.latents.shape[1:], generator=g))
-    return torch.stack(noise).to(batch.latents.device), torch.cat(times).to(batch.latents.device), captions
+    t = torch.cat(times) if objective.frame_times == "clip" else torch.stack(times).repeat_interleave(together, 1)
+    return torch.stack(noise).to(batch.latents.device), t.to(batch.latents.device), captions
 
 
 def losses(
