@@ -72,6 +72,8 @@ def sample(argv: Sequence[str] | None = None) -> None:
     add("--prompt_file", type=Path, help="prompts from a .txt (one a line, # comments), .csv or .jsonl file; in the "
         "latter any of the options below may be a column")  # fmt: skip
     add("--negative_prompt", default="", help="what guidance leads away from")
+    add("--image", type=Path, help="an image that the clips begin with, for models trained with objective.frame_times past or "
+        "frame; it stays still for as many frames as the codec joins")  # fmt: skip
     add("--guidance_scale", type=float, help="classifier-free guidance; 1 or less switches it off (default: the run's)")
     add("--num_inference_steps", type=int, help="steps of the scheduler (default: the run's)")
     add("--scheduler", choices=("euler", "heun", "unipc", "dpm++", "ddim"), help="sampler (default: the run's)")

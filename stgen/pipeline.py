@@ -115,7 +115,7 @@ class VideoPipeline(DiffusionPipeline):
         )
         self.register_to_config(objective=dict(objective or {}), sampling=dict(sampling or {}))
         self.objective = Objective(**(objective or {}))
-        self.video_processor = VideoProcessor()
+        self.video_processor = VideoProcessor(vae_scale_factor=1)  # the codec judges sizes
         self._codec_face: tuple[Any, codecs.Codec] | None = None
 
     @property
@@ -152,6 +152,7 @@ class VideoPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
+        image: Any = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -174,6 +175,9 @@ class VideoPipeline(DiffusionPipeline):
         Args:
             prompt: one prompt or several; or give prompt_embeds [B, L, D] with prompt_attention_mask [B, L].
             negative_prompt: what guidance leads away from; one for all or one for each prompt. None is the empty prompt.
+            image: what the clips begin with: an image or one for each clip, or frames as a tensor [1 or B, K, 3, H, W] in
+                [0, 1]. They are kept as they are in as many frames as the codec and the patches join, at least; for models
+                trained with frame_times `past` or `frame`.
             num_frames, height, width: size of the clips; None takes the training size.
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance (Ho & Salimans, arXiv:2207.12598); at most 1 switches it off.
@@ -214,7 +218,8 @@ class VideoPipeline(DiffusionPipeline):
             for x in (prompt_embeds, mask, negative_prompt_embeds, negative_mask)
         )
 
-        z: Any = self._noise(latents, (len(prompt_embeds), *shape), generator, device)
+        given = None if image is None else self._beginning(image, shape, num_frames, height, width, device)
+        z: Any = _held(self._noise(latents, (len(prompt_embeds), *shape), generator, device), given)
         set_steps(self.scheduler, steps, self.objective.path, device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -222,15 +227,20 @@ class VideoPipeline(DiffusionPipeline):
             for i, timestep in enumerate(timesteps):
                 inputs = self.scheduler.scale_model_input(z, timestep) if self.objective.path != "flow" else z
                 output = self._predict(
-                    inputs, i, timestep, (prompt_embeds, mask), (negative_prompt_embeds, negative_mask)
+                    inputs,
+                    i,
+                    timestep,
+                    (prompt_embeds, mask),
+                    (negative_prompt_embeds, negative_mask),
+                    clean=0 if given is None else given.shape[2],
                 )
-                z = self.scheduler.step(output, timestep, z, return_dict=False)[0]
+                z = _held(self.scheduler.step(output, timestep, z, return_dict=False)[0], given)
                 if callback_on_step_end is not None:
                     tensors = {"latents": z, "prompt_embeds": prompt_embeds}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, timestep, asked) or {}
-                    z = changed.get("latents", z)
+                    changed: Any = callback_on_step_end(self, i, timestep, asked) or {}
+                    z = _held(changed.get("latents", z), given)
                     prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
                 bar.update()
@@ -290,8 +300,42 @@ class VideoPipeline(DiffusionPipeline):
         scale = 1.0 if self.objective.path == "flow" else self.scheduler.init_noise_sigma
         return latents.to(device, torch.float32) * scale
 
-    def _predict(self, latents: Tensor, i: int, timestep: Tensor, positive, negative) -> Tensor:
-        """The guided prediction, in the form the scheduler expects: [B, C, t, h, w]."""
+    def _beginning(
+        self, image: Any, shape: tuple[int, ...], num_frames: int, height: int, width: int, device
+    ) -> Tensor:
+        """Latents [1 or B, C, k, h, w] that clips of latents `shape` begin with: the image, still for k latent frames."""
+        if self.objective.frame_times == "clip":
+            raise PipelineError(
+                "image: this model knows one noise level for all frames of a clip; train with objective.frame_times: past"
+            )
+        if isinstance(image, Tensor) and image.ndim == 5:
+            frames = image.movedim(2, 1) * 2 - 1  # [B, 3, K, H, W]
+        else:
+            frames = self.video_processor.preprocess(image, height, width).unsqueeze(2)
+        if frames.shape[1] != 3 or frames.shape[3:] != (height, width):
+            raise PipelineError(f"image: frames of {list(frames.shape[3:])} given for clips of {[height, width]}")
+        together = self.transformer.config.patch_size[0]
+        known = max(together, self._whole_latent_frames(frames.shape[2], height, width) // together * together)
+        if known >= shape[1]:
+            raise PipelineError(
+                f"image: {frames.shape[2]} frames leave none of {num_frames} to make, since the codec and the patches join "
+                f"{num_frames * together // shape[1]} frames each; give fewer, or raise num_frames"
+            )
+        missing = num_frames - frames.shape[2]
+        frames = torch.cat([frames, frames[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        return self._wrapped_codec().encode(frames.to(device, torch.float32))[:, :, :known].float()
+
+    def _whole_latent_frames(self, frames: int, height: int, width: int) -> int:
+        """Latent frames that `frames` frames fill."""
+        for count in range(frames, 0, -1):
+            try:
+                return self._wrapped_codec().latent_shape(count, height, width)[1]
+            except codecs.CodecError:
+                continue
+        return 0
+
+    def _predict(self, latents: Tensor, i: int, timestep: Tensor, positive, negative, clean: int = 0) -> Tensor:
+        """The guided prediction, in the form the scheduler expects: [B, C, t, h, w]; the first `clean` frames hold no noise."""
         # Under flow the noise level is the time; some schedulers round their timesteps to integers.
         t = self.scheduler.sigmas[i] if self.objective.path == "flow" else timestep / self.objective.num_train_timesteps
         told = t * 1000 if self.objective.path == "flow" else timestep
@@ -299,6 +343,9 @@ class VideoPipeline(DiffusionPipeline):
         embeds, mask = _stack(negative, positive) if guided else positive
         inputs = torch.cat([latents, latents]) if guided else latents
         times = torch.as_tensor(told, dtype=torch.float32, device=latents.device).expand(len(inputs))
+        if clean:
+            times = times[:, None].repeat(1, latents.shape[2])  # [B, T]
+            times[:, :clean] = 0
         bf16 = self.config.sampling.get("mixed_precision") == "bf16"
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
             output = self.transformer(inputs.to(self.transformer.dtype), times, embeds, mask, return_dict=False)[0]
@@ -312,6 +359,13 @@ class VideoPipeline(DiffusionPipeline):
     def _frames(self, latents: Tensor, output_type: str) -> Any:
         decoded = self._wrapped_codec().decode(latents)  # [B, 3, T, H, W] in [-1, 1], not clipped
         return self.video_processor.postprocess_video(decoded.float(), output_type=output_type)
+
+
+def _held(z: Tensor, given: Tensor | None) -> Tensor:
+    """z [B, C, T, h, w] with the given latents [1 or B, C, k, h, w] as its first frames."""
+    if given is None:
+        return z
+    return torch.cat([given.to(z).expand(len(z), -1, -1, -1, -1), z[:, :, given.shape[2] :]], dim=2)
 
 
 def _stack(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 
-from stgen import build, text, video
+from stgen import build, dataset, text, video
 from stgen.logger import Logger
 from stgen.pipeline import SCHEDULERS, VideoPipeline, build_scheduler
 
@@ -38,6 +41,7 @@ class Request:
     width: int
     fps: float
     scheduler: str | None
+    image: str | None = None
 
 
 WHOLE = {"seed": 0, "num_inference_steps": 1, "num_frames": 1, "height": 1, "width": 1}  # options and their least value
@@ -110,10 +114,11 @@ def read_requests(args: Namespace, trained: dict[str, Any]) -> list[Request]:
         raise SampleError(
             f"--seed: {len(args.seed)} seeds for {args.num_videos_per_prompt} clips of a prompt; give one"
         )
-    names = [field.name for field in fields(Request) if field.name not in ("prompt", "seed")]
+    names = [field.name for field in fields(Request) if field.name not in ("prompt", "seed", "image")]
     given = {name: _convert(f"--{name}: ", name, getattr(args, name)) for name in names}
     given = {name: trained.get(name) if value is None else value for name, value in given.items()}
     given_seeds = [_convert("--seed: ", "seed", seed) for seed in args.seed]
+    given["image"] = args.image and str(args.image)
 
     rows = [("--prompt: ", {"prompt": prompt}) for prompt in args.prompt or []]
     rows += read_prompt_file(args.prompt_file) if args.prompt_file else []
@@ -157,7 +162,19 @@ def read_prompt_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise SampleError(f"{path}:{i}: more values than columns; quote a prompt that holds a comma")
         if unknown := sorted(key for key in row if key not in known):
             raise SampleError(f"{path}:{i}: unknown column {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        if row.get("image"):
+            row["image"] = _beside(path, i, row["image"])
     return [(f"{path}:{i}: ", row) for i, row in rows]
+
+
+def _beside(file: Path, line: int, name: Any) -> str:
+    """The image that a row of a prompt file names. Raises SampleError for one outside the file's folder."""
+    image = file.parent / str(name)
+    if not image.resolve().is_relative_to(file.parent.resolve()):
+        raise SampleError(
+            f"{file}:{line}: image {name!r} lies outside the folder of {file.name}; put it beside the file"
+        )
+    return str(image)
 
 
 def _csv_rows(path: Path, content: str) -> list[tuple[int, dict[str, str]]]:
@@ -212,6 +229,24 @@ def check_requests(pipeline: VideoPipeline, requests: list[Request]) -> None:
     for request in dict.fromkeys(_settings(request) for request in requests):
         pipeline.latent_shape(request.num_frames, request.height, request.width)
         build_scheduler(request.scheduler, pipeline.objective)
+    if any(request.image for request in requests) and pipeline.objective.frame_times == "clip":
+        raise SampleError(
+            "--image: this model knows one noise level for all frames of a clip; train with objective.frame_times=past"
+        )
+    for request in requests:
+        if request.image is not None:
+            read_image(request.image, request.height, request.width)
+
+
+def read_image(path: str, height: int, width: int) -> Tensor:
+    """An image scaled until it covers the clip, its centre cut out: [1, 3, height, width] in [0, 1]. Raises SampleError."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
+        raise SampleError(f"--image: {path}: {reason}") from None
+    return dataset.fit(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).float() / 255
 
 
 def warn_of_unknown_words(pipeline: VideoPipeline, requests: list[Request]) -> None:
@@ -241,7 +276,8 @@ def _batches(requests: list[Request], size: int) -> list[tuple[int, list[Request
 
 
 def _settings(request: Request) -> Request:
-    return replace(request, prompt="", negative_prompt="", seed=0, fps=1)
+    """What the requests of a batch have in common, that they begin with images included."""
+    return replace(request, prompt="", negative_prompt="", seed=0, fps=1, image=request.image and "")
 
 
 def _run(pipeline: VideoPipeline, group: list[Request]) -> list[video.Clip]:
@@ -249,10 +285,12 @@ def _run(pipeline: VideoPipeline, group: list[Request]) -> list[video.Clip]:
     first, own = group[0], pipeline.scheduler
     if first.scheduler is not None:
         pipeline.scheduler = build_scheduler(first.scheduler, pipeline.objective)
+    images = [read_image(r.image, r.height, r.width) for r in group if r.image is not None]
     frames = pipeline.clips(
         [request.prompt for request in group],
         [request.seed for request in group],
         [request.negative_prompt for request in group],
+        image=torch.stack(images) if images else None,  # [B, 1, 3, H, W]
         num_frames=first.num_frames,
         height=first.height,
         width=first.width,

@@ -395,3 +395,64 @@ def test_diffusion_with_an_exact_model_is_exact(scheduler, prediction_type, step
     found, expected, told = land(scheduler, steps, path="diffusion", prediction_type=prediction_type)
     assert torch.allclose(found, expected, atol=2e-5)
     assert told[0] == 999 and len(told) == steps
+
+
+# ------------------------------------------------------------------------------------------------------ first frames
+
+
+@pytest.fixture(scope="module")
+def continuing():
+    return make(frame_times="past")
+
+
+def still(seed=0, clips=1, frames=1):
+    return torch.rand(clips, frames, 3, 8, 12, generator=seeded(seed))
+
+
+def test_a_clip_begins_with_the_image_given(continuing):
+    image = still()
+    latents = sample(continuing, image=image, output_type="latent")
+    given = continuing.codec.encode(image.movedim(2, 1).expand(-1, -1, 4, -1, -1) * 2 - 1)
+    torch.testing.assert_close(latents[:, :, :1], given[:, :, :1])
+    assert not torch.allclose(latents[:, :, 1:], sample(continuing, output_type="latent")[:, :, 1:])
+    as_picture = Image.fromarray((image[0, 0].permute(1, 2, 0) * 255).round().byte().numpy())
+    torch.testing.assert_close(sample(continuing, image=as_picture, output_type="latent"), latents, rtol=0, atol=0.1)
+
+
+def test_the_model_is_told_which_frames_are_clean(continuing, monkeypatch):
+    told = []
+    forward = continuing.transformer.forward
+    monkeypatch.setattr(
+        continuing.transformer,
+        "forward",
+        lambda z, t, *rest, **k: told.append((z[:, :, 0], t)) or forward(z, t, *rest, **k),
+    )
+    sample(continuing, image=still(), num_inference_steps=2)
+    assert [t.tolist() for _, t in told] == [[[0.0, 1000.0]] * 2, [[0.0, 500.0]] * 2]  # guidance doubles the batch
+    assert torch.equal(told[0][0], told[1][0])
+
+
+def test_each_clip_may_begin_with_its_own_frames(continuing):
+    frames = still(clips=2, frames=3)  # of which two fill a latent frame
+    options = dict(num_frames=6, output_type="latent")
+    together = continuing(PROMPTS[:2], image=frames, generator=[seeded(0), seeded(1)], **options).frames
+    for i in range(2):
+        alone = sample(continuing, PROMPTS[i], seed=i, image=frames[i : i + 1], **options)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        (still(frames=4), {}, "leave none of 4 to make"),
+        (still()[..., :7, :], {}, "given for clips of"),
+    ],
+)
+def test_first_frames_that_do_not_fit(continuing, image, options, message):
+    with pytest.raises(PipelineError, match=message):
+        sample(continuing, image=image, **options)
+
+
+def test_first_frames_need_a_model_that_knows_them(pipeline):
+    with pytest.raises(PipelineError, match=r"train with objective\.frame_times: past"):
+        sample(pipeline, image=still())

@@ -19,7 +19,7 @@ CAPTIONS = ["a red circle moving left", "a blue square"]
 HOSTILE = ["../../x", "/etc/passwd", "red " * 100, "a\0b", "🎬 ☃", "%s {0}", "\udce9", "a\nb", "-"]
 
 
-def make(positions="rope") -> VideoPipeline:
+def make(positions="rope", **objective) -> VideoPipeline:
     torch.manual_seed(0)
     codec = PatchPCA((2, 8, 8), 6).fit(torch.rand(8, 3, 4, 16, 16) * 2 - 1)
     transformer = VideoTransformer(6, (2, 2, 2), width=16, depth=2, heads=2, text_width=8, positions=positions)
@@ -27,8 +27,8 @@ def make(positions="rope") -> VideoPipeline:
         nn.init.normal_(parameter, std=0.2)
     encoder = LearnedTextEncoder(vocabulary_of(CAPTIONS), width=8)
     sampling = {"num_frames": 4, "height": 16, "width": 16, "fps": 8.0, "num_inference_steps": 2, "guidance_scale": 2.0}
-    scheduler = build_scheduler(None, Objective())
-    return VideoPipeline(transformer, codec, encoder, scheduler, objective={}, sampling=sampling)
+    scheduler = build_scheduler(None, Objective(**objective))
+    return VideoPipeline(transformer, codec, encoder, scheduler, objective=objective, sampling=sampling)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_a_clip_and_its_settings(saved, tmp_path, capsys):
     assert clip.frames.shape == (4, 3, 16, 16) and clip.fps == 8.0
     assert settings(tmp_path, "000-seed7") == {
         "prompt": CAPTIONS[0], "seed": 7, "negative_prompt": "", "guidance_scale": 2.0, "num_inference_steps": 2,
-        "num_frames": 4, "height": 16, "width": 16, "fps": 8.0, "scheduler": None, "run": str(saved), "weights": "ema",
+        "num_frames": 4, "height": 16, "width": 16, "fps": 8.0, "scheduler": None, "image": None, "run": str(saved),
+        "weights": "ema",
     }  # fmt: skip
     said = capsys.readouterr().out
     assert "1 clips in" in said and "000-seed7.mp4" in said and "W&B disabled" in said.splitlines()
@@ -341,3 +342,40 @@ def test_a_run_folder_and_its_checkpoint(run_folder):
 def test_a_run_without_checkpoint(run_folder, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((run_folder / "config.yaml").read_text())
     assert "has no checkpoint yet" in refused(capsys, tmp_path, "--prompt", "red")
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture(scope="module")
+def continuing(tmp_path_factory):
+    """A pipeline that goes on from given frames, and two images beside it."""
+    folder = tmp_path_factory.mktemp("continuing") / "pipeline"
+    make(frame_times="past").save_pretrained(folder)
+    for name, colour in (("red.png", (200, 30, 30)), ("blue.png", (30, 30, 200))):
+        Image.new("RGB", (40, 24), colour).save(folder.parent / name)
+    return folder
+
+
+def test_an_image_shapes_the_clip_and_neighbours_do_not_matter(continuing, tmp_path):
+    images = continuing.parent
+    rows = [{"prompt": "a blue square", "seed": 3, "image": name} for name in ("red.png", "blue.png")]
+    (images / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(continuing, "--prompt_file", images / "p.jsonl", out=tmp_path / "file")
+    for i, row in enumerate(rows):
+        out = tmp_path / row["image"]
+        run(continuing, "--prompt", "a blue square", "--seed", 3, "--image", images / row["image"], out=out)
+        assert (out / "000-seed3.mp4").read_bytes() == (tmp_path / "file" / f"00{i}-seed3.mp4").read_bytes()
+        assert settings(out, "000-seed3")["image"] == str(images / row["image"])
+    assert (tmp_path / "file/000-seed3.mp4").read_bytes() != (tmp_path / "file/001-seed3.mp4").read_bytes()
+
+
+def test_images_that_cannot_be_used(saved, continuing, tmp_path, capsys):
+    ask = ["--prompt", "a blue square", "--image"]
+    assert "no such file" in refused(capsys, continuing, *ask, tmp_path / "none.png", out=tmp_path)
+    broken = write(tmp_path / "broken.png", "no pixels")
+    assert "not an image" in refused(capsys, continuing, *ask, broken, out=tmp_path)
+    image = continuing.parent / "red.png"
+    assert "train with objective.frame_times=past" in refused(capsys, saved, *ask, image, out=tmp_path)
+    outside = write(tmp_path / "p.csv", f"prompt,image\na blue square,{image}\n")
+    assert f"{outside}:2: image" in refused(capsys, continuing, "--prompt_file", outside, out=tmp_path)
