@@ -1,10 +1,11 @@
-"""How long the selection of the best blocks takes: by sorting each row, by torch.topk, and by the kernel.
+"""How long the selection of the best blocks takes: by sorting each row, by quick-select, by torch.topk, and by the kernel.
 
     python benchmarks/selection.py [--ratio 0.1] [--heads 16] [--json FILE]
 
-Rows of scores of square block tables, a share `ratio` of each kept; what comes out is the table of kept blocks. The
-kernel also writes the sorted lists. On a CPU there is no kernel to run: sorting and topk are compared alone. torch.topk
-says nothing about ties, so its set may differ where scores are equal.
+Rows of scores of square block tables, a share `ratio` of each kept; what comes out is the table of kept blocks.
+`varied` is quick-select where every row keeps another number, up to that share (it then orders what it keeps), `ties`
+where scores are whole numbers, so that equal ones must be told apart. The kernel also writes the sorted lists; on a CPU
+there is none to run. torch.topk says nothing about ties, so its set may differ where scores are equal.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stgen.ops.block_scores.quick_select import keep_top_by_pivots
 from stgen.ops.block_scores.reference import keep_top
 
-LENGTHS = {"cuda": (64, 256, 625, 1181, 2048, 4096), "cpu": (64, 256, 625, 1181)}
+LENGTHS = {"cuda": (64, 256, 625, 1181, 2048, 4096), "cpu": (16, 64, 256, 625, 1181, 2048)}
 
 
 def median_milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
@@ -47,8 +49,15 @@ def measure(blocks: int, heads: int, ratio: float, device: str, repeats: int) ->
     allowed = torch.ones_like(scores, dtype=torch.bool)
     count = max(1, int(ratio * blocks))
     counts = torch.full((1, heads, blocks), count, dtype=torch.int32, device=device)
+    varied = torch.arange(blocks, device=device).remainder(count).add(1).expand_as(counts)
+    whole = (4 * scores).round()
+    for case in ((scores, allowed, counts), (scores, allowed, varied), (whole, allowed, counts)):
+        assert torch.equal(keep_top_by_pivots(*case), keep_top(*case))
     ways: dict[str, Callable[[], object]] = {
         "sort": lambda: keep_top(scores, allowed, counts),
+        "quick-select": lambda: keep_top_by_pivots(scores, allowed, counts),
+        "varied": lambda: keep_top_by_pivots(scores, allowed, varied),
+        "ties": lambda: keep_top_by_pivots(whole, allowed, counts),
         "topk": lambda: by_topk(scores, allowed, count),
     }
     if device == "cuda":
@@ -75,10 +84,13 @@ def main() -> None:
         shown = "  ".join(f"{way} {t:.3f} ({taken['sort'] / t:.1f}x)" for way, t in taken.items())
         print(f"{blocks:5d} blocks: {shown}", flush=True)
     if device == "cpu":
-        print("the kernel needs a GPU; sorting and topk were compared alone")
+        print("the kernel needs a GPU and was left out")
     if args.json:
         args.json.write_text(
-            json.dumps({"device": name, "ratio": args.ratio, "heads": args.heads, "ms": rows}, indent=2)
+            json.dumps(
+                {"device": name, "torch": torch.__version__, "ratio": args.ratio, "heads": args.heads, "ms": rows},
+                indent=2,
+            )
         )
 
 

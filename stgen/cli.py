@@ -5,8 +5,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from stgen import config, schema
+from stgen.lab import study as studies
+from stgen.logger import DISK
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,7 +17,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     doors = {
         "train": (train, "train on a folder of videos"),
         "sample": (sample, "sample clips from a run"),
+        "ablate": (ablate, "train the cells of a study, compare them and write the report"),
+        "report": (report, "measure runs and compare them on a page"),
         "inspect": (inspect, "draw the attention of a config, and measure that of a run"),
+        "quantise": (quantise, "measure what low bits cost the attention of runs, and compare them"),
         "bench": (bench, "measure the attention of a config on this machine"),
         "doctor": (doctor, "whether training can run here, and which kernels work"),
         "probe": (probe, "train one attention layer of each normaliser to recall, and compare them"),
@@ -81,7 +87,9 @@ def sample(argv: Sequence[str] | None = None) -> None:
         "--seed", type=int, nargs="+", default=[0], help="seed of the first clip, or one seed for each clip of a prompt"
     )
     add("--num_videos_per_prompt", type=int, default=1, help="clips of each prompt, with seeds counting on")
-    add("--num_frames", type=int, help="frames of a clip (default: as trained)")
+    add("--num_frames", type=int, help="frames of a clip (default: as trained); longer ones are made and written chunk by "
+        "chunk by models with a memory over time")  # fmt: skip
+    add("--chunk_frames", type=_count, help="frames of such a chunk (default: what suits the model)")
     add("--height", type=int, help="height in pixels (default: as trained)")
     add("--width", type=int, help="width in pixels (default: as trained)")
     add("--fps", type=float, help="frames per second of the files (default: as trained)")
@@ -90,6 +98,10 @@ def sample(argv: Sequence[str] | None = None) -> None:
     add("--output_dir", type=Path, help="where to write (default: RUN/samples)")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
     add("--batch_size", type=int, default=8, help="clips computed at once")
+    add("--cache", nargs="+", metavar=("KIND", "NAME=VALUE"), help="reuse over denoising steps: first_block (threshold), mag "
+        "(threshold, max_skip, start), taylorseer (every, start, order), pab (spatial, temporal, cross, from, to), or support "
+        "(every: which keys are attended is chosen anew only so often); faster, not the same clips, and first_block and mag "
+        "decide for a batch as a whole")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
         "API key, else offline")  # fmt: skip
@@ -100,6 +112,84 @@ def sample(argv: Sequence[str] | None = None) -> None:
         from stgen.sample import sample as run
 
         run(args)
+
+
+def ablate(argv: Sequence[str] | None = None) -> None:
+    """`stgen ablate STUDY [key=value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen ablate",
+        description="Train every cell of a study with every seed, measure the runs, compare the cells with their base and "
+        "write a report. First the plan is printed: what each cell costs and how long it takes. Start the same command "
+        "again after a kill, a failure or a change of mind: what is done is not run again, and no number changes.",
+        epilog="Keys of a study:\n\n" + config.help_text(studies.Study),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("study", type=Path, help="a YAML file, such as configs/ablations/factorisation.yaml")
+    add("overrides", nargs="*", metavar="key=value", help="keys of the study (steps=50) or of every cell's config")
+    add("--dry-run", action="store_true", help="print the plan, then stop; nothing is written")
+    add("--report", action="store_true", help="run nothing; write the report anew from what is there")
+    add("--only", nargs="+", action="extend", default=[], metavar="NAME", help="run these cells alone")
+    add("--output_dir", type=Path, help="where everything goes (default: runs/ablations/STUDY)")
+    add("--jobs", type=_count, default=1, help="runs at once (default: 1, or one a device)")
+    add("--devices", nargs="+", default=[], metavar="N", help="CUDA devices that runs are given in turn, such as 0 1")
+    add("--threads", type=_count, help="threads of a run (default: the cores shared by the jobs)")
+    add("--launcher", metavar="TEMPLATE", help="command line that starts a run, such as 'srun --gpus=1 {command}'; waits "
+        "for it to end; {name} names the run")  # fmt: skip
+    args = parser.parse_intermixed_args(argv)
+    with _told():
+        try:
+            _ablate(args)
+        except config.ConfigError as error:
+            _refuse(error)
+        except studies.StudyError as error:
+            sys.exit(_say(f"study error: {error}"))
+
+
+def _ablate(args: argparse.Namespace) -> None:
+    study, cells = studies.read(args.study, args.overrides), studies.load(args.study, args.overrides)
+    if unknown := [name for name in args.only if name not in [cell.name for cell in cells]]:
+        raise studies.StudyError(f"--only: {args.study} has no cell {unknown[0]!r}")
+    from stgen.lab import ablate as lab
+    from stgen.lab.plan import Options
+
+    folder = args.output_dir or Path("runs", "ablations", args.study.stem)
+    options = Options(folder, args.jobs, args.devices, args.threads, args.launcher, args.only, args.overrides)
+    if args.report:
+        lab.retell(args.study, folder)
+    elif args.dry_run:
+        lab.planned(args.study, study, cells, options)
+    else:
+        sys.exit(lab.ablate(args.study, study, cells, options))
+
+
+def report(argv: Sequence[str] | None = None) -> None:
+    """`stgen report RUN [RUN ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen report",
+        description="Compare existing runs on a page: held-out loss by noise level, prompts right, distances of sampled to real "
+        "clips, flicker, copies of training clips, cost and attention, with paired differences to the first run and their "
+        "intervals, plots, clips side by side and masks (report.html, report.md, results.csv, results.jsonl, plots/). Runs "
+        "that differ in nothing but the seed are one cell. What is measured is kept in RUN/measures.json; a run takes about a "
+        "minute on a CPU, most of it for sampling.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run folders; the first is what the others are compared with")
+    add("--output_dir", type=Path, help="where to write (default: report in the first run's folder)")
+    add("--features", default="random", help="what Fréchet distance and MMD are computed on: random (a fixed random network), "
+        "codec (the run's latents), a TorchScript file (.pt), i3d:FILE.pt (the published TorchScript of I3D; the number is "
+        "then called FVD), or a video network of torchvision (r3d_18, mvit_v2_s, ...) as NAME or NAME:WEIGHTS")  # fmt: skip
+    add("--kernel", choices=("rbf", "polynomial"), default="rbf", help="of the MMD")
+    add("--samples", type=_count, default=64, help="clips to sample of each run; of built-in shapes so many of prompts seen "
+        "and so many of held-out ones, unless the run's validation.judged_noises says otherwise")  # fmt: skip
+    args = parser.parse_args(argv)
+    with _told():
+        from stgen.lab.measure import Protocol
+        from stgen.lab.report_runs import report_runs
+
+        protocol = Protocol(samples=args.samples, features=args.features, kernel=args.kernel)
+        print(f"report: {report_runs(args.runs, args.output_dir or args.runs[0] / 'report', protocol)}")
 
 
 def inspect(argv: Sequence[str] | None = None) -> None:
@@ -149,6 +239,32 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         from stgen.lab.inspect import inspect_config
 
         inspect_config(cfg, args.output_dir or cfg.output_dir.with_name(cfg.output_dir.name + "-inspect"))
+
+
+def quantise(argv: Sequence[str] | None = None) -> None:
+    """`stgen quantise RUN [RUN ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen quantise",
+        description="What rounding the maps, queries, keys and values of trained attention to int8 and int4 costs, on real "
+        "clips at several noise levels: the error of each part, of the heads' output and of the model's prediction, the share "
+        "of true zeros, head by head; every run against the first. Writes quantisation.json and quantisation.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run folders, checkpoint folders or final pipelines")
+    add("--output_dir", type=Path, help="where to write (default: quantisation in the first RUN)")
+    add("--clips", type=_count, default=4, help="held-out clips of each run's data, else training clips")
+    add("--times", type=_count, default=5, help="noise levels of each clip, spread evenly over (0, 1)")
+    add("--seed", type=int, default=0, help="chooses clips and noise")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
+        "API key, else offline")  # fmt: skip
+    args = parser.parse_args(argv)
+    with _told():
+        from stgen.lab.quantisation import quantise as run
+
+        run(args)
 
 
 def bench(argv: Sequence[str] | None = None) -> None:
@@ -221,9 +337,13 @@ def _config(path: Path, overrides: Sequence[str]) -> schema.Config:
     try:
         return config.load(path, overrides, schema.Config)
     except config.ConfigError as error:
-        for line in error.errors:
-            print(line if line.startswith("config error") else f"config error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
+
+
+def _refuse(error: config.ConfigError) -> NoReturn:
+    for line in error.errors:
+        print(line if line.startswith("config error") else f"config error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 class _told:
@@ -237,8 +357,10 @@ class _told:
             sys.exit(_say("interrupted; what was saved before stays as it was", 130))
         if error is not None and kind.__module__.startswith("stgen.") and isinstance(error, Exception):
             sys.exit(_say(f"error: {error}", 1))
+        if isinstance(error, OSError) and error.errno in DISK:
+            sys.exit(_say(f"error: {error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", 1))
 
 
 def _say(line: str, code: int = 2) -> int:
-    print(line, file=sys.stderr)
+    print(config.one_line(line), file=sys.stderr)  # it may repeat names and words from any folder
     return code

@@ -34,7 +34,7 @@ def describe(cfg: schema.Config, parts: Parts, grid: Grid, work: Work, device: t
     sparse = "" if work.executed == work.dense else f" ({readable(work.dense, 'FLOP')} if every layer attended densely)"
     rows = {
         "model": f"{readable(flops.trainable(parts.trained))} parameters, width {model.width}, {model.depth} layers, "
-        f'{model.heads} heads, plan "{model.plan}"',
+        f'{model.heads} heads, plan "{model.plan}"{norm_words(model)}',
         "tokens": f"{grid.tokens} a clip ({grid}), from {clip}",
         "work": f"{readable(work.executed, 'FLOP')} a step of {batch}{sparse}, {PRECISION[train.mixed_precision]}, for {limit}",
         "device": f"{device.type} ({torch.get_num_threads()} threads)"
@@ -44,6 +44,13 @@ def describe(cfg: schema.Config, parts: Parts, grid: Grid, work: Work, device: t
         "run folder": str(cfg.output_dir),
     }
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items() if value)
+
+
+def norm_words(model: schema.Model) -> str:
+    """How time enters and the norm, where they are not the usual ones: `, time as a token, norm prepbn (gamma …)`"""
+    words = ["time as a token"] if model.modulation == "none" else []
+    words += [f"norm {section_words(model.norm)}"] if model.norm.kind != "layer" else []
+    return "".join(f", {word}" for word in words)
 
 
 def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
@@ -66,20 +73,25 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
         f"memory      about {readable(state, 'B')} of weights, gradients, moments and averages, "
         f"{readable(activations, 'B')} of activations"
     )
-    layers = [
-        _layer(i, block, layer, grid, length)
-        for i, (block, layer) in enumerate(zip(transformer.blocks, cfg.model.layers, strict=True))
-    ]
+    layers = [_layer(i, transformer, layer, grid, length) for i, layer in enumerate(cfg.model.layers)]
     unused = sorted(cfg.model.mixers.keys() - set(cfg.model.mixer_names))
     note = [f"not in the plan: mixer {', '.join(unused)}"] if unused else []
     return "\n".join([describe(cfg, parts, grid, work, device), memory, "plan", *layers, *note])
 
 
-def _layer(i: int, block, layer, grid: Grid, text_tokens: int) -> str:
+def _layer(i: int, transformer, layer, grid: Grid, text_tokens: int) -> str:
     """One layer: its mixers, their sequences, its FLOPs on one clip."""
-    words = "; ".join(words for branch in block.branches for words in _branch_words(branch, grid))
-    cost = readable(block.work(grid, text_tokens).executed, "FLOP")
-    return f"  {i:>3}  {layer!s:<28} {cost:>12} a clip   {words}"
+    words = [words for branch in transformer.blocks[i].branches for words in _branch_words(branch, grid)]
+    words += [] if transformer.pruner is None else pruning_words(transformer.pruner, i, grid)
+    cost = readable(transformer.layer_work(i, grid, text_tokens).executed, "FLOP")
+    return f"  {i:>3}  {layer!s:<28} {cost:>12} a clip   {'; '.join(words)}"
+
+
+def pruning_words(pruner, layer: int, grid: Grid) -> list[str]:
+    """What pruning leaves a layer, at the first values of schedules: `96 of 128 tokens`, `3 of 4 heads`."""
+    stage = pruner.stages(grid.tokens)[layer]
+    words = [f"{stage.tokens} of {grid.tokens} tokens"] if stage.tokens < grid.tokens else []
+    return words + ([f"{stage.heads} of {pruner.heads} heads"] if stage.heads < pruner.heads else [])
 
 
 def _branch_words(branch, grid: Grid) -> list[str]:
@@ -94,7 +106,9 @@ def mixer_words(mixer, grid: Grid) -> str:
     count, length = mixer.runs[0].layout.sequence(grid)
     taken = f", {use.takes} of layer {use.source_layer}" if use.source is not None else ""
     runs = "".join(_run_words(run, grid) for run in mixer.runs)
-    return f"{use.name}: {count} sequence{'s' * (count > 1)} of {length}{taken}{runs}"
+    shows = use.keys.memory.kind == "infini"  # a ring shows in the pattern
+    memory = f", memory {section_words(use.keys.memory)}" if shows else ""
+    return f"{use.name}: {count} sequence{'s' * (count > 1)} of {length}{taken}{memory}{runs}"
 
 
 def _run_words(run, grid: Grid) -> str:

@@ -1,8 +1,10 @@
 """The diffusers face of a trained model: prompts in, clips out, saved and loaded as one folder."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -16,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from stgen import codec as codecs
-from stgen import model, text  # noqa: F401  (a saved pipeline names these modules; they must be loaded to be found)
+from stgen import model, saved, text  # noqa: F401  (a saved pipeline names these modules; they must be loaded to be found)
 from stgen.objective import Objective
 from stgen.tokens import Grid, grid_of
 
@@ -118,6 +120,19 @@ class VideoPipeline(DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=1)  # the codec judges sizes
         self._codec_face: tuple[Any, codecs.Codec] | None = None
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "VideoPipeline":
+        """A pipeline from the local folder that `save_pretrained` wrote; options are those of diffusers.
+
+        Raises SavedError where the folder holds or names anything else: it may come from anywhere (stgen/saved.py).
+        """
+        folder = saved.check(pretrained_model_name_or_path)
+        loaded: Any = super().from_pretrained(folder, **{**options, "use_safetensors": True, "trust_remote_code": False})
+        for name, component in loaded.components.items():
+            if isinstance(component, torch.nn.Module) and name not in options:
+                saved.check_weights(folder / name, component.state_dict(), _tied(component))
+        return loaded
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
@@ -125,6 +140,11 @@ class VideoPipeline(DiffusionPipeline):
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> float:
+        """The noise level that the model is told now, 0 to 1000."""
+        return self._current_timestep
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, L, D] and mask [B, L]; needs no component but the text encoder and its tokenizer."""
@@ -194,28 +214,19 @@ class VideoPipeline(DiffusionPipeline):
         Raises:
             PipelineError, CodecError: what is asked for cannot be sampled.
         """
-        defaults = {"num_inference_steps": 20, "guidance_scale": 3.0, **self.config.sampling}
-        num_frames = defaults["num_frames"] if num_frames is None else num_frames
-        height = defaults["height"] if height is None else height
-        width = defaults["width"] if width is None else width
-        steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        self._guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        num_frames, height, width = self._size(num_frames, height, width)
+        steps = self._usual("num_inference_steps", num_inference_steps)
+        self._guidance_scale = self._usual("guidance_scale", guidance_scale)
         device = self._execution_device
         self._check_call(steps, num_videos_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         shape = self.latent_shape(num_frames, height, width)
 
-        prompt_embeds, mask = self._embeddings(prompt, prompt_embeds, prompt_attention_mask)
-        prompts = len(prompt_embeds)
-        if negative_prompt is None or isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt or ""] * prompts
-        negative_prompt_embeds, negative_mask = self._embeddings(
-            negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+        positive = self._embeddings(prompt, prompt_embeds, prompt_attention_mask)
+        negative = self._negative(
+            negative_prompt, len(positive[0]), negative_prompt_embeds, negative_prompt_attention_mask
         )
-        if len(negative_prompt_embeds) != prompts:
-            raise PipelineError(f"negative_prompt: {len(negative_prompt_embeds)} given for {prompts} prompts")
         prompt_embeds, mask, negative_prompt_embeds, negative_mask = (
-            x.repeat_interleave(num_videos_per_prompt, 0)
-            for x in (prompt_embeds, mask, negative_prompt_embeds, negative_mask)
+            x.repeat_interleave(num_videos_per_prompt, 0) for x in (*positive, *negative)
         )
 
         given = None if image is None else self._beginning(image, shape, num_frames, height, width, device)
@@ -225,16 +236,7 @@ class VideoPipeline(DiffusionPipeline):
         self._num_timesteps = len(timesteps)
         with self._bar(len(timesteps)) as bar:
             for i, timestep in enumerate(timesteps):
-                inputs = self.scheduler.scale_model_input(z, timestep) if self.objective.path != "flow" else z
-                output = self._predict(
-                    inputs,
-                    i,
-                    timestep,
-                    (prompt_embeds, mask),
-                    (negative_prompt_embeds, negative_mask),
-                    clean=0 if given is None else given.shape[2],
-                )
-                z = _held(self.scheduler.step(output, timestep, z, return_dict=False)[0], given)
+                z = self._step(z, i, timestep, (prompt_embeds, mask), (negative_prompt_embeds, negative_mask), given)
                 if callback_on_step_end is not None:
                     tensors = {"latents": z, "prompt_embeds": prompt_embeds}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
@@ -248,6 +250,129 @@ class VideoPipeline(DiffusionPipeline):
         frames: Any = z if output_type == "latent" else self._frames(z, output_type)
         self.maybe_free_model_hooks()
         return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    # ---------------------------------------------------------------------------------------------------- streaming
+
+    def stream_refusal(self) -> str | None:
+        """Why clips cannot be made chunk by chunk, in one sentence that says what to write; None where they can."""
+        if self.objective.frame_times == "clip":
+            return (
+                "this model knows one noise level for all frames of a clip, but a stream goes on from clean ones; train with "
+                "objective.frame_times: past"
+            )
+        return self.transformer.refusal()
+
+    def stream(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        image: Any = None,
+        num_frames: int | None = None,
+        chunk_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> Iterator[Any]:
+        """Clips of any length, made chunk by chunk: time and memory of a chunk do not grow with what came before.
+
+        Each chunk is denoised with the frames before it in the model's memory; a pass over the finished chunk, at time 0,
+        then takes it into that memory. For models whose mixers over time have a `memory` (or are causal themselves).
+
+        Args:
+            num_frames: frames of the whole clips.
+            chunk_frames: frames of a chunk, the last perhaps shorter; None takes what suits the model.
+            Others as those of a call.
+
+        Yields:
+            The frames of a chunk in the form of output_type, all clips together; of `latent` tensors [B, C, t, h, w].
+
+        Raises:
+            PipelineError, CodecError: what is asked for cannot be streamed; before anything is computed.
+        """
+        num_frames, height, width = self._size(num_frames, height, width)
+        steps = self._usual("num_inference_steps", num_inference_steps)
+        scale = self._usual("guidance_scale", guidance_scale)
+        self._check_call(steps, 1, output_type, ())
+        if reason := self.stream_refusal():
+            raise PipelineError(reason)
+        if output_type != "latent" and getattr(self._wrapped_codec(), "video", False):
+            raise PipelineError(
+                f"{type(self.codec).__name__} decodes the frames of a clip together, not chunk by chunk; stream with "
+                "output_type latent and decode what comes, or train on an autoencoder of images"
+            )
+        shape = self.latent_shape(num_frames, height, width)
+        joined = num_frames // shape[1]  # frames of a latent frame
+        chunk = chunk_frames and chunk_frames // joined
+        if chunk_frames is not None and (chunk_frames % joined or chunk_frames < 1):
+            raise PipelineError(
+                f"chunk_frames {chunk_frames} should be a multiple of {joined}, the frames the codec joins"
+            )
+        positive = self._embeddings(prompt, None, None)
+        negative = self._negative(negative_prompt, len(positive[0]), None, None)
+        sizes = _cut(shape[1], chunk or self.transformer.chunk_frames)
+        memories = len(positive[0]) * (2 if scale > 1 else 1)  # under guidance one for each prompt
+        low = torch.bfloat16 if self.config.sampling.get("mixed_precision") == "bf16" else None
+        try:
+            past = self.transformer.new_past(memories, (sizes[0], *shape[2:]), low)
+        except ValueError as error:
+            raise PipelineError(f"chunk_frames: {error}") from None
+        shapes = [(len(positive[0]), shape[0], size, *shape[2:]) for size in sizes]
+        given = None
+        if image is not None:
+            given = self._beginning(image, shapes[0][1:], sizes[0] * joined, height, width, self._execution_device)
+        return self._chunks(shapes, past, positive, negative, given, steps, scale, generator, output_type)
+
+    @torch.no_grad()
+    def _chunks(
+        self,
+        shapes: list[tuple[int, ...]],
+        past: Any,
+        positive: tuple[Tensor, Tensor],
+        negative: tuple[Tensor, Tensor],
+        given: Tensor | None,
+        steps: int,
+        scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+    ) -> Iterator[Any]:
+        """Chunks of latents of those shapes, one after the other, decoded; `given` begins the first."""
+        device = self._execution_device
+        for shape in shapes:
+            self._guidance_scale = scale  # there may have been a call since the last chunk
+            z = _held(self._noise(None, shape, generator, device), given)
+            set_steps(self.scheduler, steps, self.objective.path, device)
+            with self._bar(len(self.scheduler.timesteps)) as bar:
+                for i, timestep in enumerate(self.scheduler.timesteps):
+                    z = self._step(z, i, timestep, positive, negative, given, past)
+                    bar.update()
+            past = self._network(z, z.new_zeros(()), positive, negative, past)[1]
+            given = None
+            yield z if output_type == "latent" else self._frames(z, output_type)
+        self.maybe_free_model_hooks()
+
+    # ------------------------------------------------------------------------------------------------ parts of a call
+
+    def _usual(self, name: str, value: Any) -> Any:
+        """A value, in place of None that of training or a usual one."""
+        usual = {"num_inference_steps": 20, "guidance_scale": 3.0, **self.config.sampling}
+        return usual[name] if value is None else value
+
+    def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+        return self._usual("num_frames", num_frames), self._usual("height", height), self._usual("width", width)
+
+    def _negative(
+        self, prompt: str | list[str] | None, count: int, embeds: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of what guidance leads `count` prompts away from."""
+        if prompt is None or isinstance(prompt, str):
+            prompt = [prompt or ""] * count
+        negative = self._embeddings(prompt, embeds, mask)
+        if len(negative[0]) != count:
+            raise PipelineError(f"negative_prompt: {len(negative[0])} given for {count} prompts")
+        return negative
 
     def _check_call(self, steps: int, videos: int, output_type: str, tensor_inputs: Sequence[str]) -> None:
         for name, value in (("num_inference_steps", steps), ("num_videos_per_prompt", videos)):
@@ -334,31 +459,57 @@ class VideoPipeline(DiffusionPipeline):
                 continue
         return 0
 
-    def _predict(self, latents: Tensor, i: int, timestep: Tensor, positive, negative, clean: int = 0) -> Tensor:
+    def _step(self, z: Tensor, i: int, timestep: Tensor, positive, negative, given: Tensor | None, past=None) -> Tensor:
+        """z [B, C, t, h, w] after step i of the scheduler; it begins with the `given` latents, if any."""
+        inputs = self.scheduler.scale_model_input(z, timestep) if self.objective.path != "flow" else z
+        output = self._predict(inputs, i, timestep, positive, negative, 0 if given is None else given.shape[2], past)
+        return _held(self.scheduler.step(output, timestep, z, return_dict=False)[0], given)
+
+    def _predict(self, latents: Tensor, i: int, timestep: Tensor, positive, negative, clean: int, past) -> Tensor:
         """The guided prediction, in the form the scheduler expects: [B, C, t, h, w]; the first `clean` frames hold no noise."""
         # Under flow the noise level is the time; some schedulers round their timesteps to integers.
         t = self.scheduler.sigmas[i] if self.objective.path == "flow" else timestep / self.objective.num_train_timesteps
         told = t * 1000 if self.objective.path == "flow" else timestep
-        guided = self._guidance_scale > 1
-        embeds, mask = _stack(negative, positive) if guided else positive
-        inputs = torch.cat([latents, latents]) if guided else latents
-        times = torch.as_tensor(told, dtype=torch.float32, device=latents.device).expand(len(inputs))
+        self._current_timestep = float(told)
+        told = torch.as_tensor(told, dtype=torch.float32, device=latents.device)
         if clean:
-            times = times[:, None].repeat(1, latents.shape[2])  # [B, T]
-            times[:, :clean] = 0
-        bf16 = self.config.sampling.get("mixed_precision") == "bf16"
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-            output = self.transformer(inputs.to(self.transformer.dtype), times, embeds, mask, return_dict=False)[0]
-        output = output.float()
-        if guided:
+            told = told.repeat(latents.shape[2])  # [T]
+            told[:clean] = 0
+        output = self._network(latents, told, positive, negative, past)[0].float()
+        if self._guidance_scale > 1:
             away, towards = output.chunk(2)
             output = away + self._guidance_scale * (towards - away)
         level = torch.as_tensor(t, dtype=torch.float32, device=latents.device).expand(len(latents))
         return self.objective.for_scheduler(output, latents, level)
 
+    def _network(self, latents: Tensor, told: Tensor, positive, negative, past) -> tuple[Any, ...]:
+        """What the transformer gives back at a time, or one for each frame; under guidance for both prompts, [2 B, ...]."""
+        guided = self._guidance_scale > 1
+        embeds, mask = _stack(negative, positive) if guided else positive
+        inputs = torch.cat([latents, latents]) if guided else latents
+        times = told.expand(len(inputs), *told.shape)  # [B] or [B, T]
+        bf16 = self.config.sampling.get("mixed_precision") == "bf16"
+        caches = getattr(self.transformer, "is_cache_enabled", False)
+        cached = self.transformer.cache_context("denoise") if caches else nullcontext()
+        remembered = {} if past is None else {"past": past}
+        with cached, torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+            inputs = inputs.to(self.transformer.dtype)
+            return self.transformer(inputs, times, embeds, mask, return_dict=False, **remembered)
+
     def _frames(self, latents: Tensor, output_type: str) -> Any:
         decoded = self._wrapped_codec().decode(latents)  # [B, 3, T, H, W] in [-1, 1], not clipped
         return self.video_processor.postprocess_video(decoded.float(), output_type=output_type)
+
+
+def _tied(module: torch.nn.Module) -> dict[str, str]:
+    """For each parameter the first name of the tensor that it shares with others."""
+    first: dict[int, str] = {}
+    return {key: first.setdefault(id(p), key) for key, p in module.named_parameters(remove_duplicate=False)}
+
+
+def _cut(total: int, size: int) -> list[int]:
+    """`total` frames in chunks of `size`, the last with what remains."""
+    return [min(size, total - first) for first in range(0, total, size)]
 
 
 def _held(z: Tensor, given: Tensor | None) -> Tensor:

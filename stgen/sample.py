@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stgen import build, dataset, text, video
+from stgen.caches import Cache, Tally, caching, calibrated
 from stgen.logger import Logger
-from stgen.pipeline import SCHEDULERS, VideoPipeline, build_scheduler
+from stgen.pipeline import SCHEDULERS, VideoPipeline, build_scheduler, set_steps
 
 
 class SampleError(ValueError):
@@ -59,7 +61,10 @@ def sample(args: Namespace) -> list[Path]:
     pipeline.set_progress_bar_config(disable=True)
     requests = read_requests(args, pipeline.config.sampling)
     check_requests(pipeline, requests)
+    check_streams(pipeline, requests, args)
     warn_of_unknown_words(pipeline, requests)
+    cache = _cache(pipeline, args.cache, requests[0]) if args.cache else None
+    tally = Tally()
 
     home = args.run.parent if args.run.name.startswith("checkpoint-") else args.run
     out = args.output_dir or home / "samples"
@@ -75,7 +80,13 @@ def sample(args: Namespace) -> list[Path]:
     try:
         with tqdm(total=len(requests), desc="sampling", unit="clip") as bar:
             for first, group in _batches(requests, args.batch_size):
-                for i, (request, clip) in enumerate(zip(group, _run(pipeline, group), strict=True), start=first):
+                if _streams(pipeline, group[0]):
+                    files += _stream(pipeline, group, first, out, args)
+                    bar.update(len(group))
+                    continue
+                for i, (request, clip) in enumerate(
+                    zip(group, _run(pipeline, group, cache, tally), strict=True), start=first
+                ):
                     files.append(_write(out, i, request, clip, args))
                     clips += [clip] if "sheet" in args.output else []
                     bar.update()
@@ -87,6 +98,8 @@ def sample(args: Namespace) -> list[Path]:
             logger.videos(0, "samples/videos", list(zip(files, captions, strict=True)))
     finally:
         logger.finish()
+    if cache is not None:
+        print(f"cache {cache.kind}: {tally}")
     print(f"{len(files)} clips in {out}" + (f"; {files[0].name} first" if len(files) > 1 else f": {files[0].name}"))
     print(logger.where)
     return files
@@ -238,6 +251,27 @@ def check_requests(pipeline: VideoPipeline, requests: list[Request]) -> None:
             read_image(request.image, request.height, request.width)
 
 
+def check_streams(pipeline: VideoPipeline, requests: list[Request], args: Namespace) -> None:
+    """Of clips longer than those of training: refuse what a stream cannot do, say why there is none where one is meant."""
+    trained, model = pipeline.config.sampling["num_frames"], pipeline.transformer
+    reason = pipeline.stream_refusal()
+    if args.chunk_frames is not None and reason is not None:
+        raise SampleError(f"--chunk_frames: {reason}")
+    if all(request.num_frames <= trained for request in requests):
+        return
+    if reason is not None:
+        tqdm.write(f"note: clips longer than {trained} frames are made at once: {reason}") if model.remembers else None
+    elif args.output != ["mp4"]:
+        raise SampleError(
+            f"--output: clips longer than the {trained} frames of training are made and written chunk by chunk, as mp4 only"
+        )
+    elif args.cache:
+        raise SampleError(
+            f"--cache: clips longer than the {trained} frames of training are made chunk by chunk, for which every layer has "
+            "to be computed; leave it out"
+        )
+
+
 def read_image(path: str, height: int, width: int) -> Tensor:
     """An image scaled until it covers the clip, its centre cut out: [1, 3, height, width] in [0, 1]. Raises SampleError."""
     try:
@@ -280,25 +314,73 @@ def _settings(request: Request) -> Request:
     return replace(request, prompt="", negative_prompt="", seed=0, fps=1, image=request.image and "")
 
 
-def _run(pipeline: VideoPipeline, group: list[Request]) -> list[video.Clip]:
+def _cache(pipeline: VideoPipeline, words: list[str], first: Request) -> Cache:
+    """The cache that --cache asks for; mag is measured on the first clip, which is sampled twice."""
+    cache = Cache.parse(words)
+    if cache.kind != "mag":
+        return cache
+    tqdm.write("cache mag: sampling the first clip once without it, to measure how updates grow")
+    with calibrated(pipeline.transformer) as ratios:
+        _run(pipeline, [first], None, Tally())
+    return replace(cache, ratios=tuple(ratios))
+
+
+def _run(pipeline: VideoPipeline, group: list[Request], cache: Cache | None, tally: Tally) -> list[video.Clip]:
     """Clips of requests with common settings. Each has its own generator, so that its neighbours do not matter."""
     first, own = group[0], pipeline.scheduler
     if first.scheduler is not None:
         pipeline.scheduler = build_scheduler(first.scheduler, pipeline.objective)
-    images = [read_image(r.image, r.height, r.width) for r in group if r.image is not None]
-    frames = pipeline.clips(
-        [request.prompt for request in group],
-        [request.seed for request in group],
-        [request.negative_prompt for request in group],
-        image=torch.stack(images) if images else None,  # [B, 1, 3, H, W]
-        num_frames=first.num_frames,
-        height=first.height,
-        width=first.width,
-        num_inference_steps=first.num_inference_steps,
-        guidance_scale=first.guidance_scale,
-    )
+    set_steps(pipeline.scheduler, first.num_inference_steps, pipeline.objective.path, "cpu")
+    with caching(pipeline, cache, len(pipeline.scheduler.timesteps), tally):
+        frames = pipeline.clips(
+            [request.prompt for request in group],
+            [request.seed for request in group],
+            [request.negative_prompt for request in group],
+            **_common(group),
+        )
     pipeline.scheduler = own
     return [video.Clip(clip, request.fps) for clip, request in zip(frames, group, strict=True)]
+
+
+def _common(group: list[Request]) -> dict[str, Any]:
+    """Options of a call for requests with common settings."""
+    names = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
+    images = [read_image(r.image, r.height, r.width) for r in group if r.image is not None]
+    image = torch.stack(images) if images else None  # [B, 1, 3, H, W]
+    return {"image": image, **{name: getattr(group[0], name) for name in names}}
+
+
+def _streams(pipeline: VideoPipeline, request: Request) -> bool:
+    """Whether a clip is made chunk by chunk: it is longer than those of training, and the model knows how."""
+    return request.num_frames > pipeline.config.sampling["num_frames"] and pipeline.stream_refusal() is None
+
+
+def _stream(pipeline: VideoPipeline, group: list[Request], index: int, out: Path, args: Namespace) -> list[Path]:
+    """Clips of requests with common settings, each written as its chunks are made; returns their files."""
+    first, own = group[0], pipeline.scheduler
+    if first.scheduler is not None:
+        pipeline.scheduler = build_scheduler(first.scheduler, pipeline.objective)
+    chunks = pipeline.stream(
+        [request.prompt for request in group],
+        [request.negative_prompt for request in group],
+        generator=[torch.Generator().manual_seed(request.seed) for request in group],
+        chunk_frames=args.chunk_frames,
+        output_type="pt",
+        **_common(group),
+    )
+    names = [f"{i:03d}-seed{request.seed}" for i, request in enumerate(group, start=index)]
+    with ExitStack() as until_whole:
+        writers = [video.writer(out / f"{name}.mp4", r.fps) for name, r in zip(names, group, strict=True)]
+        add = [until_whole.enter_context(writer) for writer in writers]
+        bar = until_whole.enter_context(tqdm(total=first.num_frames, desc="streaming", unit="frame", leave=False))
+        for chunk in chunks:  # [B, T, 3, H, W] in [0, 1]
+            for add_to, frames in zip(add, (chunk.float().cpu() * 255).round().to(torch.uint8), strict=True):
+                add_to(frames)
+            bar.update(chunk.shape[1])
+    pipeline.scheduler = own
+    for name, request in zip(names, group, strict=True):
+        _write_settings(out / f"{name}.json", request, args, chunk_frames=args.chunk_frames)
+    return [out / f"{name}.mp4" for name in names]
 
 
 def _write(out: Path, index: int, request: Request, clip: video.Clip, args: Namespace) -> Path:
@@ -310,7 +392,11 @@ def _write(out: Path, index: int, request: Request, clip: video.Clip, args: Name
         if path.is_dir():
             shutil.rmtree(path)  # frames of an earlier call
         video.write(path, clip)
-    settings = {**asdict(request), "run": str(args.run), "weights": args.weights}
-    content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (out / f"{name}.json").write_text(content, encoding="utf-8", errors="backslashreplace")
+    _write_settings(out / f"{name}.json", request, args)
     return written[0]
+
+
+def _write_settings(path: Path, request: Request, args: Namespace, **more: Any) -> None:
+    settings = {**asdict(request), "run": str(args.run), "weights": args.weights, **more}
+    content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(content, encoding="utf-8", errors="backslashreplace")

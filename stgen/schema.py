@@ -4,6 +4,7 @@ Values that need torch or a file to be judged are judged by the module that uses
 config alone is refused here, one sentence a fault, before anything heavy is imported.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,14 +18,17 @@ from pydantic import (
     model_validator,
 )
 
+from stgen import limits
 from stgen.attention import plan as plan_grammar
 from stgen.attention import reuse
 from stgen.attention.pattern import Extent3D, Fraction, Remade
 from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
-from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer, check_heads
+from stgen.attention.pruning import Pruning, check_pruning
+from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer, check_heads, check_segment
 from stgen.mixers import spec as token_mixers
 from stgen.mixers.spec import TCN, Recurrent, TokenMixer
+from stgen.norm_spec import LayerNorm, Norm, check_sites
 from stgen.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -41,6 +45,13 @@ class Run(Section):
     """Resume although keys that shape the run differ from the checkpoint's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA when there is one."""
+
+    @field_validator("output_dir", "resume_from_checkpoint")
+    @classmethod
+    def _names_a_path(cls, path):
+        if not path.strip() or "\0" in path:
+            raise ValueError(f"{path!r} names no folder")
+        return path
 
 
 class Shapes(Section):
@@ -174,6 +185,13 @@ class Model(Section):
     """RMS-normalise queries and keys per head."""
     registers: NonNegativeInt = 0
     """Learned global tokens in every sequence of every layer: all see them and they see all; dropped at the head."""
+    modulation: Literal["adaln", "none"] = "adaln"
+    """How time, and the prompt under text.conditioning adaln or both, enter: as shift, scale and gate of every layer, or
+    as one more token like a register; layers then have norms with weights, and gates, of their own."""
+    norm: Annotated[Norm, Field(discriminator="kind")] = LayerNorm()
+    """The norm before cross-attention and, under modulation none, all norms; modulated ones are layer norms."""
+    pruning: Pruning = Pruning()
+    """Tokens and heads that later layers leave out, those that mattered the least before."""
 
     @field_validator("mixers")
     @classmethod
@@ -190,6 +208,8 @@ class Model(Section):
     @classmethod
     def _kind_by_name(cls, mixers):
         for name, mixer in mixers.items():
+            if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+                raise ValueError(f"{name!r} cannot be written in a plan; use letters, digits, _ and -, a letter first")
             if name in token_mixers.KINDS and mixer.kind != name:
                 raise ValueError(f"{name} is of kind {mixer.kind}; write kind: {name}, or give it another name")
         return mixers
@@ -198,7 +218,7 @@ class Model(Section):
     def _plan_fits(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-        if int(self.width * self.mlp.ratio) < 1:
+        if self.width * self.mlp.ratio < 1:
             raise ValueError(f"mlp.ratio: {self.mlp.ratio} of width {self.width} leaves no hidden channel")
         layers = self.layers
         known = sorted({*PLAIN_LAYOUTS, *token_mixers.KINDS, *self.mixers})
@@ -217,8 +237,10 @@ class Model(Section):
         mixers = {name: self.mixer(name) for name in self.mixer_names}
         uses = reuse.place(layers, mixers, self.heads)
         flat = [use for layer in uses for term in layer for branch in term for use in branch]
-        if self.registers and not any(use.has_map for use in flat):
-            raise ValueError("registers: no mixer of the plan attends to them; write registers: 0")
+        front = self.registers + (self.modulation == "none")  # tokens before those of the clip
+        check_pruning(self.pruning, uses, self.heads, front)
+        if front and not any(use.has_map for use in flat):
+            raise ValueError(f"{self._front[0]}: no mixer of the plan attends to them; write {self._front[1]}")
         for use in flat:
             if not use.has_map:
                 self._check_token_mixer(use)
@@ -229,16 +251,28 @@ class Model(Section):
                     check_heads(use.keys, group.pattern, group.normaliser, group.sink)
             except ValueError as error:
                 raise ValueError(f"mixers.{use.name}.{error}") from None
-            for leaf in (leaf for group in groups for leaf in leaves(group.pattern)) if self.registers else ():
-                if isinstance(leaf, Causal):
-                    raise ValueError(
-                        f"registers: they see every frame and are seen by every frame, so causal in mixers.{use.name} "
-                        "would leak the future; write registers: 0"
-                    )
-                if isinstance(leaf, Remade):
-                    raise ValueError(
-                        f"registers: {leaf.kind} in mixers.{use.name} makes keys of a clip's own tokens; write registers: 0"
-                    )
+            if front:
+                self._check_front(use.name, [leaf for group in groups for leaf in leaves(group.pattern)])
+
+    def _check_front(self, name, parts):
+        tokens, remedy = self._front
+        for part in parts:
+            if isinstance(part, Causal):
+                raise ValueError(
+                    f"{tokens}: they see every frame and are seen by every frame, so causal in mixers.{name} would leak "
+                    f"the future; write {remedy}"
+                )
+            if isinstance(part, Remade):
+                raise ValueError(
+                    f"{tokens}: {part.kind} in mixers.{name} makes keys of a clip's own tokens; write {remedy}"
+                )
+
+    @property
+    def _front(self) -> tuple[str, str]:
+        """The tokens before those of the clip, by the key that puts them there, and what to write to have none."""
+        if self.modulation == "adaln":
+            return "registers", "registers: 0"
+        return "modulation: none makes tokens of time and text", "modulation: adaln"
 
     def _check_token_mixer(self, use):
         if use.heads < self.heads:
@@ -422,6 +456,12 @@ class Config(Section):
     log: Log = Log()
 
     @model_validator(mode="after")
+    def _numbers_are_meant(self):
+        if fault := limits.slip(self.model_dump()):
+            raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self):
         data, codec, model = self.data, self.codec, self.model
         if self.tokens.positions == "rope" and model.width // model.heads % 2:
@@ -434,6 +474,15 @@ class Config(Section):
                 "validation.judged_noises: the oracle compares with held-out prompts; data.shapes.held_out is 0"
             )
         self._check_sampler()
+        if self.objective.frame_times != "clip" and model.modulation == "none":
+            raise ValueError(
+                "objective.frame_times: under model.modulation none a clip has one token of time, not one a frame; write "
+                "model.modulation: adaln"
+            )
+        try:
+            check_sites(model.norm, model.modulation == "adaln", self.text.conditioning)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
         if self.objective.frame_times != "clip" and model.registers:
             raise ValueError(
                 "objective.frame_times: registers have no frame to take a time from; write model.registers: 0"
@@ -445,7 +494,19 @@ class Config(Section):
                     raise ValueError(f"data.{name} {extent} is not divisible by {patch} of codec.patch_size")
             if codec.components > 3 * codec.patch_size[0] * codec.patch_size[1] * codec.patch_size[2]:
                 raise ValueError("codec.components exceeds the numbers in a patch")
+        if codec.kind != "diffusers":
+            self._check_segments(data.num_frames // (codec.patch_size[0] if codec.kind == "pca" else 1))
         return self
+
+    def _check_segments(self, latent_frames: int):
+        for name in self.model.mixer_names:
+            mixer, joined = self.model.mixer(name), self.tokens.patch_size[0]
+            if not isinstance(mixer, AttentionMixer) or latent_frames % joined:
+                continue
+            try:
+                check_segment(mixer.memory, latent_frames // joined)
+            except ValueError as error:
+                raise ValueError(f"model.mixers.{name}.{error}") from None
 
     def _check_sampler(self):
         path, scheduler, steps = self.objective.path, self.validation.scheduler, self.validation.num_inference_steps

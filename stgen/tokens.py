@@ -63,16 +63,16 @@ def _frequencies(count: int, theta: float, device: torch.device | str) -> Tensor
     return theta ** (-torch.arange(count, device=device, dtype=torch.float64) / max(count, 1))
 
 
-def _phases(grid: Grid, count: int, theta: float, device: torch.device | str) -> Tensor:
-    """Angles of `count` frequencies shared over the three axes: [N, count], float64."""
-    where = coordinates(grid, device).double()  # [N, 3]
-    parts = [where[:, a, None] * _frequencies(n, theta, device) for a, n in enumerate(_thirds(count))]
+def _phases(where: Tensor, count: int, theta: float) -> Tensor:
+    """Angles of `count` frequencies shared over the three axes of places [N, 3]: [N, count], float64."""
+    where = where.double()
+    parts = [where[:, a, None] * _frequencies(n, theta, where.device) for a, n in enumerate(_thirds(count))]
     return torch.cat(parts, dim=-1)
 
 
 def sincos_positions(grid: Grid, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Fixed embeddings [N, width]: sines and cosines of frame, row and column (Vaswani et al. 2017, section 3.5)."""
-    phases = _phases(grid, width // 2, 10_000.0, device)  # [N, width // 2]
+    phases = _phases(coordinates(grid, device), width // 2, 10_000.0)  # [N, width // 2]
     table = torch.cat([phases.sin(), phases.cos()], dim=-1).float()
     return torch.nn.functional.pad(table, (0, width - table.shape[-1]))
 
@@ -87,9 +87,14 @@ def rope_tables(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -
 
     Raises ValueError for an odd head_dim.
     """
+    return rope_tables_at(coordinates(grid, device), head_dim)
+
+
+def rope_tables_at(where: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The same for places at any frame, row and column [N, 3]."""
     if head_dim % 2:
         raise ValueError(f"RoPE turns pairs of channels; head dimension {head_dim} is odd")
-    phases = _phases(grid, head_dim // 2, ROPE_THETA, device)
+    phases = _phases(where, head_dim // 2, ROPE_THETA)
     return phases.cos().float(), phases.sin().float()
 
 

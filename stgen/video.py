@@ -4,13 +4,14 @@ A video is a regular local file (mp4, mkv, webm, avi, mov, m4v, gif) or a folder
 images. Pixels are sRGB bytes; a clip is uint8 [T, 3, H, W].
 """
 
+import itertools
 import math
 import os
 import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -366,12 +367,10 @@ def write(path: str | Path, clip: Clip) -> None:
     The same frames give the same bytes; the file appears under its name only when it is whole. A folder keeps no
     frame rate. Raises VideoError for another suffix or a clip that is not uint8 [T, 3, H, W], and where encoding fails.
     """
-    path, frames = Path(path), clip.frames
+    path = Path(path)
     if path.suffix not in {*_ENCODINGS, ".gif", ""}:
         raise VideoError(path, f"cannot be written: {path.suffix} is none of .mp4 .webm .mkv .gif or a folder")
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.numel():
-        raise VideoError(path, f"needs uint8 frames [T, 3, H, W], not {frames.dtype} {list(frames.shape)}")
-    arrays = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # [T, H, W, 3]
+    arrays = _arrays(path, clip.frames)
     with _explained(path), _whole(path) as draft:
         if path.suffix == "":
             _write_folder(draft, arrays)
@@ -379,6 +378,34 @@ def write(path: str | Path, clip: Clip) -> None:
             _write_gif(draft, arrays, clip.fps)
         else:
             _write_stream(draft, arrays, clip.fps, _ENCODINGS[path.suffix])
+
+
+@contextmanager
+def writer(path: str | Path, fps: float) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Write a clip as .mp4, .webm or .mkv whose frames come bit by bit: within it add(frames) takes uint8 [T, 3, H, W].
+
+    The bytes are those that `write` makes of all frames at once; the file appears when the last are added. Raises
+    VideoError as `write` does.
+    """
+    path = Path(path)
+    with _whole(path) as draft, ExitStack() as open_file:
+        with _explained(path):
+            encode = open_file.enter_context(_encoder(draft, fps, _ENCODINGS[path.suffix]))
+
+        def add(frames: torch.Tensor) -> None:
+            with _explained(path):
+                encode(_arrays(path, frames))
+
+        yield add  # what goes wrong outside is none of the file's faults
+        with _explained(path):
+            open_file.close()
+
+
+def _arrays(path: Path, frames: torch.Tensor) -> np.ndarray:
+    """uint8 [T, 3, H, W] -> [T, H, W, 3]."""
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.numel():
+        raise VideoError(path, f"needs uint8 frames [T, 3, H, W], not {frames.dtype} {list(frames.shape)}")
+    return frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 @contextmanager
@@ -396,26 +423,37 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def _write_stream(path: Path, arrays: np.ndarray, fps: float, encoding: _Encoding) -> None:
-    height, width = arrays.shape[1:3]
+    with _encoder(path, fps, encoding) as encode:
+        encode(arrays)
+
+
+@contextmanager
+def _encoder(path: Path, fps: float, encoding: _Encoding) -> Iterator[Callable[[np.ndarray], None]]:
+    """Within it, encode(arrays) takes frames [T, H, W, 3]; the first decide the size."""
     options = {"movflags": "+faststart"} if encoding.container == "mp4" else {}
     with av.open(os.path.abspath(path), "w", format=encoding.container, container_options=options) as container:
         container.flags |= ContainerFlags.bitexact.value  # no dates, no random ids
         stream: Any = container.add_stream(encoding.codec, rate=_rate(fps), options=encoding.options)
-        stream.height, stream.width = height, width
-        stream.pix_fmt = encoding.odd_pixels if height % 2 or width % 2 else encoding.pixels
         context = stream.codec_context
         context.thread_count = 1  # x264's output depends on the number of its threads
         context.flags |= CodecFlags.bitexact.value
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        reformatter = VideoReformatter()
-        for number, array in enumerate(arrays):
-            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-            frame = reformatter.reformat(
-                frame, format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, interpolation=EXACT, threads=1
-            )
-            frame.pts = number
-            container.mux(stream.encode(frame))
+        reformatter, numbers = VideoReformatter(), itertools.count()
+
+        def encode(arrays: np.ndarray) -> None:
+            for array, number in zip(arrays, numbers, strict=False):
+                if number == 0:
+                    stream.height, stream.width = height, width = array.shape[:2]
+                    stream.pix_fmt = encoding.odd_pixels if height % 2 or width % 2 else encoding.pixels
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+                frame = reformatter.reformat(
+                    frame, format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, interpolation=EXACT, threads=1
+                )
+                frame.pts = number
+                container.mux(stream.encode(frame))
+
+        yield encode
         container.mux(stream.encode())
 
 
@@ -497,7 +535,8 @@ def _still(image: Image.Image) -> Image.Image:
 
 def _shortened(caption: str, font: Any, width: int) -> str:
     """The caption on one line, its end cut with … where it is wider than `width` pixels."""
-    text = " ".join(caption.split())
+    text = " ".join(caption[:600].split())  # more would not fit in any width
+    text = "".join(c if c.isprintable() else "?" for c in text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

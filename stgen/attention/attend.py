@@ -8,6 +8,8 @@ put out. A mixer's heads go through the rooms in turn: layout (fold), pattern (S
 """
 
 import math
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,18 +17,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
-from stgen.attention import layout, normalisers
+from stgen.attention import layout, normalisers, spec
 from stgen.attention.approximate import Approximation
-from stgen.attention.pattern import Pattern, PatternError, Remade, Setting
-from stgen.attention.patterns import is_fixed, leaves
+from stgen.attention.cascade import PRUNED, place_apart
+from stgen.attention.memory import Infini, Ring, RingState, State
+from stgen.attention.pattern import Frame, Pattern, PatternError, Remade, Setting
+from stgen.attention.patterns import AllOf, is_fixed, leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
+from stgen.attention.patterns.recent import Recent
 from stgen.attention.reuse import Carry, Kept, Use
-from stgen.attention.selection import EVERY, Selection
+from stgen.attention.selection import EVERY, Selection, across
 from stgen.attention.sinks import Sink
-from stgen.attention.spec import HeadGroup, Linear
+from stgen.attention.spec import AttentionMixer, HeadGroup, Linear
 from stgen.ops.block_sparse_attention import block_sparse_attention
 from stgen.ops.boxes import Boxes
+from stgen.ops.column_mass import column_mass
 from stgen.ops.cost import Work, attention_flops, linear_attention_flops, linear_flops
 from stgen.ops.dense_attention import attention_map, dense_attention
 from stgen.ops.linear_attention import linear_attention
@@ -35,7 +41,7 @@ from stgen.ops.normaliser import Normaliser
 from stgen.ops.rms_norm import rms_norm
 from stgen.ops.short_attention import apply_map, short_attention, takes_kernels
 from stgen.ops.support import Support
-from stgen.tokens import Grid, rotate
+from stgen.tokens import Grid, coordinates, rotate
 
 PROJECTED = {"none": "qkv", "support": "qkv", "kv": "q", "map": "v", "output": ""}  # by what a mixer takes
 
@@ -58,7 +64,7 @@ class Heads(nn.Module):
         super().__init__()
         self.use, self.group, self.head_dim, self.registers = use, group, head_dim, registers
         keys = use.keys
-        self.layout = layout.build(keys.layout, keys.size, use.shift, keys.order, keys.block)
+        self.layout = _layout(keys, use.shift)
         setting = self.setting(grid)
         self.sink = Sink(group.sink, group.normaliser, group.count, head_dim, weighs=use.takes != "map")
         if self.sink.count > setting.places:
@@ -117,6 +123,36 @@ class Heads(nn.Module):
         v = self._entering(v, "v", grid)
         v = self.sink.before(v, self.sink.v, weights.shape[-1] - v.shape[2])
         return self._unfold(weights.to(v.dtype) @ v, grid)
+
+    def column_mass(self, q: Tensor, k: Tensor) -> Tensor:
+        """What each token receives of the weights of q, k [B, N, heads, D] under joint layout and full pattern: [B, N]."""
+        q, k = (x.detach().transpose(1, 2) for x in (q, k))  # in whatever order: all attend all
+        if self.approximation is not None:
+            q, k = self.approximation(q, "q"), self.approximation(k, "k")
+        k = self._with_sink(k, self.sink.k, None)
+        return column_mass(q, k, self.normaliser, self.sink.logit(q))[:, self.sink.count :]
+
+    def on_ring(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, ring: Ring, state: RingState) -> Tensor:
+        """What the heads put out for a chunk's q [B, N, heads, D] on the keys and values of a ring's slots."""
+        plain, slots = layout.Plain(self.use.keys.layout), Grid(state.k.shape[1], grid.h, grid.w)
+        q, k, v = (plain.fold(x, g) for x, g in ((q, grid), (k, slots), (v, slots)))
+        if self.approximation is not None:
+            q, k, v = (self.approximation(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+        if (support := state.memo.get((self, grid))) is None:
+            support = state.memo[self, grid] = self._ring_support(plain, slots, grid, ring, state)
+        return plain.unfold(self._weigh(q, k, v, support, None), grid)
+
+    def _ring_support(self, plain: layout.Plain, slots: Grid, grid: Grid, ring: Ring, state: RingState) -> Support:
+        """Which slots a chunk's queries attend."""
+        queries, keys = coordinates(grid, state.k.device), ring.where(state, grid)
+        queries[:, 0] += state.frames
+        queries, keys = (plain.fold(x[None, :, None], g)[:, 0] for x, g in ((queries, grid), (keys, slots)))
+        pattern = AllOf(all=[Recent(sinks=ring.sinks, window=ring.window), self.pattern])
+        frame = Frame((state.frames + grid.t, grid.h, grid.w), (1, 1, 1), 1, self.use.layer)
+        support = across(pattern, queries, keys, frame, self.setting(grid).block)
+        if support.groups > 1 and ((mask := support.dense()) == mask[:1]).all():  # alike for all pixels: kept once
+            support = Support.from_mask(mask[:1], support.block)
+        return support.extended(0, self.sink.count) if self.sink.count else support
 
     # ------------------------------------------------------------------------------------------ from room to room
 
@@ -287,14 +323,35 @@ class Heads(nn.Module):
         return (1.0, 1.0) if self.without_support else self.selection.density(grid, self.setting(grid))
 
 
+def _layout(keys: AttentionMixer, shift: tuple[int, int, int]) -> layout.Layout:
+    """The layout in which a mixer's heads attend: the segments of a memory are windows in time."""
+    if not isinstance(keys.memory, spec.Infini):
+        return layout.build(keys.layout, keys.size, shift, keys.order, keys.block)
+    side = sys.maxsize if keys.layout == "joint" else 1
+    return layout.build("window", (keys.memory.segment, side, side), order=keys.order, tile=keys.block)
+
+
+def _memory(use: Use, grid: Grid) -> Infini | Ring | None:
+    """What a use carries over time; one that takes an earlier layer's output carries nothing."""
+    keys: spec.Memory = use.keys.memory
+    if isinstance(keys, spec.NoMemory) or use.takes == "output":
+        return None
+    spec.check_segment(keys, grid.t)
+    if isinstance(keys, spec.Ring):
+        return Ring(keys, grid.t)
+    return Infini(keys, use.heads, normalisers.Fixed(normalisers.elu_plus_one))
+
+
 class Mixer(nn.Module):
     """One use of a mixer in the plan: its share of the heads, in runs that do the same."""
 
     def __init__(self, use: Use, head_dim: int, grid: Grid, registers: int):
         super().__init__()
         self.use = use
+        self.head_dim, self.registers = head_dim, registers
         runs = use.keys.head_groups(use.heads) if use.takes != "output" else []
         try:
+            self.memory = _memory(use, grid)
             self.runs: Any = nn.ModuleList(Heads(use, run, head_dim, grid, registers) for run in runs)
         except PatternError as error:
             raise PatternError(f"mixers.{use.name}.{error}") from None
@@ -332,9 +389,75 @@ class Mixer(nn.Module):
             supports=supports if "support" in lends else [],
         )
 
+    def with_memory(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, rope: tuple[Tensor, Tensor] | None, carry: Carry
+    ) -> tuple[Tensor, Kept]:
+        """The same with a memory, for q and k that `rope` has not yet turned.
+
+        Where the carry holds a memory of earlier frames, they are seen too, and what is left holds the next.
+        """
+        before = carry[self.use.number].memory if self.use.number in carry else None
+        placed = (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
+        if isinstance(self.memory, Ring) and before is not None:
+            out, after = self._on_ring(self.memory, placed[0], k, v, grid, rope is not None, before)
+            kept = Kept(k=placed[1], v=v) if "kv" in self.use.lends else Kept()
+        else:
+            out, kept = self(*placed, v, grid, carry)
+            after = None
+        if isinstance(self.memory, Infini):
+            out, after = self._recalled(self.memory, out, q, k, v, grid, before)
+        output = out if "output" in self.use.lends else None
+        return out, replace(kept, output=output, memory=None if before is None else after)
+
+    def _recalled(
+        self, memory: Infini, local: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: Grid, before: State | None
+    ) -> tuple[Tensor, State]:
+        """What the segments put out, mixed with what the memory yields; registers are of no time and stay as they are."""
+        plain, r = layout.Plain(self.use.keys.layout), self.registers
+        q, k, v = (plain.fold(x[:, r:], grid) for x in (q, k, v))  # [S, heads, n, D]
+        places = min(memory.keys.segment, grid.t) * math.prod(plain.extents(grid)[1:])
+        recalled, after = memory.recall(q, k, v, places, before)
+        own = memory.mix(local[:, r:], plain.unfold(recalled, grid))
+        return (torch.cat([local[:, :r], own], dim=1) if r else own), after
+
+    def _on_ring(
+        self, ring: Ring, q: Tensor, k: Tensor, v: Tensor, grid: Grid, placed: bool, state: RingState
+    ) -> tuple[Tensor, RingState]:
+        """What a chunk's queries put out on the ring with the chunk in it."""
+        ring.write(state, k, v, grid)
+        keys, values = (x.to(q.dtype) for x in ring.read(state, grid, placed))
+        outputs = []
+        for heads in self.runs:
+            own = slice(heads.group.first, heads.group.first + heads.group.count)
+            outputs.append(heads.on_ring(*(x[:, :, own] for x in (q, keys, values)), grid, ring, state))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return out, RingState(state.k, state.v, state.frames + grid.t)
+
+    def new_memory(self, batch: int, chunk: Grid, like: Tensor) -> State | RingState | None:
+        """The memory of a video that has not begun, for chunks of at most `chunk` tokens; None without one."""
+        if isinstance(self.memory, Ring):
+            return self.memory.new(batch, chunk, self.use.heads, self.head_dim, like)
+        if isinstance(self.memory, Infini):
+            if chunk.t % (segment := self.memory.keys.segment):
+                raise ValueError(
+                    f"a chunk of {chunk.t} frames of tokens is no whole number of the segments of {segment} in "
+                    f"mixers.{self.use.name}.memory; take a multiple of {segment}"
+                )
+            sequences = batch * layout.Plain(self.use.keys.layout).sequence(chunk)[0]
+            return self.memory.new(sequences, self.use.heads, self.head_dim, like)
+        return None
+
     def work(self, grid: Grid) -> Work:
         """Operations of a forward pass over one clip."""
-        return sum((heads.work(grid) for heads in self.runs), Work())
+        work = sum((heads.work(grid) for heads in self.runs), Work())
+        if not isinstance(self.memory, Infini):
+            return work
+        plain, width = layout.Plain(self.use.keys.layout), self.use.heads * self.head_dim
+        sequences, places = plain.sequence(grid)
+        reads = places * (2 if self.memory.keys.delta else 1)  # the delta rule asks for keys what it holds of them
+        recall = linear_attention_flops(reads, places, self.head_dim, self.head_dim, self.use.heads)
+        every = places + self.registers
+        return Work(work.executed + sequences * recall, sequences * attention_flops(every, every, width))
 
 
 class Attention(nn.Module):
@@ -362,12 +485,24 @@ class Attention(nn.Module):
         parts = [x] * len(self.sizes) if self.to_qkv is None else self.to_qkv(x).split(self.sizes, dim=-1)
         outputs = []
         for mixer, part in zip(self.mixers, parts, strict=True):
-            q, k, v = self._projected(part, PROJECTED[mixer.use.takes], rope)
-            out, kept = mixer(q, k, v, grid, carry)
+            q, k, v = self._projected(part, PROJECTED[mixer.use.takes], rope if mixer.memory is None else None)
+            if PRUNED in carry:  # no layer takes from another then
+                out, carry = carry[PRUNED].mixed(mixer, q, k, v, grid, carry)
+            else:
+                if mixer.memory is None:
+                    out, kept = mixer(q, k, v, grid, carry)
+                else:
+                    out, kept = mixer.with_memory(q, k, v, grid, rope, carry)
+                leaves_some = mixer.use.lends or kept.memory is not None
+                carry = {**carry, mixer.use.number: kept} if leaves_some else carry
             outputs.append(out)
-            carry = {**carry, mixer.use.number: kept} if mixer.use.lends else carry
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return self.to_out(out.flatten(2)), carry
+
+    def new_memories(self, batch: int, chunk: Grid, like: Tensor) -> dict[int, Any]:
+        """What its mixers carry over time, of a video that has not begun, by number of the use."""
+        new = {mixer.use.number: mixer.new_memory(batch, chunk, like) for mixer in self.mixers}
+        return {number: memory for number, memory in new.items() if memory is not None}
 
     def _projected(self, part: Tensor, names: str, rope: tuple[Tensor, Tensor] | None) -> Any:
         """Queries, keys and values [B, registers + N, heads, D], normed and placed; None for those not in `names`."""
@@ -376,6 +511,8 @@ class Attention(nn.Module):
         packed = part.unflatten(-1, (len(names), -1, self.head_dim))  # [B, registers + N, 3, heads, D]
         if names == "qkv":
             gain_q, gain_k = (None if norm is None else norm.gain for norm in (self.q_norm, self.k_norm))
+            if rope is not None and rope[0].ndim == 3:
+                return place_apart(norm_rope, packed, gain_q, gain_k, rope)
             return norm_rope(packed, gain_q, gain_k, rope)
         given = dict(zip(names, packed.unbind(2), strict=True))
         q, k = self._placed(given.get("q"), self.q_norm, rope), self._placed(given.get("k"), self.k_norm, rope)

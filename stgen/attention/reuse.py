@@ -58,9 +58,10 @@ class Kept:
     output: Tensor | None = None  # [B, N, heads, D]
     maps: list[Tensor] = field(default_factory=list)  # one per run of like heads: [S, heads, n, m]
     supports: list[Support | None] = field(default_factory=list)  # likewise
+    memory: Any = None  # what a stream remembers of earlier frames; before a use has run, what it is to go on from
 
 
-Carry = Mapping[int, Kept]  # by number of the use
+Carry = Mapping[Any, Any]  # a Kept by the number of its use; what pruning has left by `cascade.PRUNED`
 
 Uses = tuple[tuple[tuple[tuple[Use, ...], ...], ...], ...]  # layers of terms of branches of uses
 

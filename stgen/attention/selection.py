@@ -149,6 +149,22 @@ def build(
     return Support.from_predicate(allows, n, n, (per_block, per_block), len(where), device)
 
 
+def across(pattern: Pattern, queries: Tensor, keys: Tensor, frame: Frame, block: int) -> Support:
+    """The support of a fixed pattern from queries at [groups, n, 3] to keys at [groups, m, 3] (frame, row, column), in
+    blocks of `block` places each; no query attends a key of a frame below 0. The pattern may not go by blocks."""
+
+    def sites(where: Tensor, axis: int) -> Sites:
+        t, h, w = (x.unsqueeze(axis) for x in where.unbind(-1))
+        return Sites(t, h, w, torch.zeros_like(t))
+
+    at, present = sites(keys.clamp(min=0), 1), keys[:, None, :, 0] >= 0
+
+    def allows(rows: Tensor) -> Tensor:
+        return present & predicate(pattern, sites(queries[:, rows], 2), at, frame)
+
+    return Support.from_predicate(allows, queries.shape[1], keys.shape[1], (block, block), len(queries), queries.device)
+
+
 def frame_of(layout: Layout, block: tuple[int, int, int], grid: Grid, layer: int) -> Frame:
     """What the patterns of a layer may know of the sequences."""
     t, h, w = (min(a, b) for a, b in zip(block, layout.extents(grid), strict=True))

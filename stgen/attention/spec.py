@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from stgen.attention.pattern import Bits, Extent3D, KeepRatio, Offset3D, WholeNumber
-from stgen.attention.patterns import AnyOf, Chosen, Pattern, PatternKeys, Remade, leaves
+from stgen.attention.pattern import Bits, Extent3D, KeepRatio, Offset3D, PatternError, WholeNumber
+from stgen.attention.patterns import AllOf, AnyOf, Chosen, Pattern, PatternKeys, Remade, leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.patterns.full import Full
+from stgen.attention.patterns.recent import Recent
 from stgen.schedules import check_schedules
 from stgen.section import Section
 
@@ -115,6 +116,40 @@ class TokenSink(Section):
 
 
 Sink = NoSink | LogitSink | TokenSink
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+class NoMemory(Section):
+    kind: Literal["none"] = "none"
+    """Nothing is carried from frames to later ones."""
+
+
+class Infini(Section):
+    kind: Literal["infini"] = "infini"
+    """Frames are cut into segments that attend themselves and read a memory of all before them, whose size does not grow
+    (Infini-attention, arXiv:2404.07143)."""
+    segment: PositiveInt
+    """Frames of a segment, in tokens; divides the clip."""
+    delta: bool = False
+    """Write only what the memory does not yield for a key already (the delta rule)."""
+    truncate: NonNegativeInt | None = None
+    """Segments that gradient flows back through at most: the memory is handed on without gradient after every
+    truncate + 1 segments; null: through all."""
+
+
+class Ring(Section):
+    kind: Literal["ring"] = "ring"
+    """A frame sees the first frames and the last ones before it (StreamingLLM, arXiv:2309.17453); streaming keeps no
+    others. Needs a causal pattern."""
+    sinks: NonNegativeInt = 1
+    """First frames, in tokens."""
+    window: PositiveInt
+    """Last frames, in tokens, one's own among them."""
+
+
+Memory = NoMemory | Infini | Ring
+
 
 # --------------------------------------------------------------------------------------------------------- approximate
 
@@ -219,6 +254,8 @@ class AttentionMixer(Section):
     """What is taken from an earlier layer."""
     approximate: Approximate = Approximate()
     """What is left out of the numbers: small channels, low bits."""
+    memory: Annotated[Memory, Field(discriminator="kind")] = NoMemory()
+    """What is carried from frames to later ones, so that videos longer than a training clip can be sampled chunk by chunk."""
     heads: dict[str, HeadKeys] = {}
     """Heads that differ, by number within the mixer's share: `"0-3": {...}` or `"5": {...}`."""
 
@@ -255,9 +292,16 @@ class AttentionMixer(Section):
             if i and owner[i] is owner[i - 1]:
                 continue
             count = next((j for j in range(i, share) if owner[j] is not owner[i]), share) - i
-            chosen = (getattr(owner[i], k, None) or getattr(self, k) for k in ("pattern", "normaliser", "sink"))
-            groups.append(HeadGroup(i, count, *chosen))
+            keys = ("pattern", "normaliser", "sink")
+            pattern, normaliser, sink = (getattr(owner[i], k, None) or getattr(self, k) for k in keys)
+            groups.append(HeadGroup(i, count, self._remembered(pattern), normaliser, sink))
         return groups
+
+    def _remembered(self, pattern: Pattern) -> Pattern:
+        """A pattern within what the memory keeps."""
+        if not isinstance(self.memory, Ring):
+            return pattern
+        return AllOf(all=[Recent(sinks=self.memory.sinks, window=self.memory.window), pattern])
 
 
 def head_range(text: str) -> tuple[int, int]:
@@ -309,6 +353,7 @@ def check_heads(mixer: AttentionMixer, pattern: Pattern, normaliser: Normaliser,
                 "features: elu, relu or learned"
             )
     _check_reuse(mixer.reuse, parts, normaliser)
+    _check_memory(mixer, parts, normaliser)
 
 
 def _check_pattern(mixer: AttentionMixer, pattern: Pattern, parts: list[Pattern]) -> None:
@@ -340,3 +385,48 @@ def _check_reuse(reuse: Reuse, parts: list[Pattern], normaliser: Normaliser) -> 
         )
     if reuse.what == "support" and all(isinstance(part, Full) for part in parts):
         raise ValueError("reuse: full attention has no support to reuse; write what: map, kv or output")
+
+
+def _check_memory(mixer: AttentionMixer, parts: list[Pattern], normaliser: Normaliser) -> None:
+    memory = mixer.memory
+    if isinstance(memory, NoMemory):
+        return
+    if mixer.layout not in ("joint", "temporal"):
+        what = "is cut in time already" if mixer.layout == "window" else "has no time to remember"
+        raise ValueError(f"memory: layout {mixer.layout} {what}; write memory: none, or layout: joint or temporal")
+    if mixer.reuse.what not in ("none", "output"):
+        raise ValueError(
+            f"memory: {memory.kind} keeps what a layer has computed itself, not the {mixer.reuse.what} of an earlier one; "
+            "write reuse: none or output"
+        )
+    if isinstance(memory, Infini):
+        if tiled := [part.kind for part in parts if part.needs_tiles]:
+            raise ValueError(
+                f"pattern: {tiled[0]} moves over the tiles of a clip, not of a segment; write another one, or memory: ring"
+            )
+        return
+    if not any(isinstance(part, Causal) for part in parts):
+        other = [part.kind for part in parts if not isinstance(part, Recent)] or ["recent"]
+        raise ValueError(
+            f"memory: ring keeps the frames before one's own, but {other[0]} looks at later ones; write pattern: causal, or "
+            "{all: [causal, ...]}"
+        )
+    if isinstance(normaliser, Linear):
+        raise ValueError(
+            "memory: linear attention sums over all keys and cannot leave out those that a ring does; write memory: infini, "
+            "or another normaliser"
+        )
+    if mixer.approximate.quantise and mixer.approximate.form == "integer":
+        raise ValueError(
+            "memory: integers are scaled by the largest number of a whole clip, which a stream does not know; write "
+            "approximate.form: fixed"
+        )
+
+
+def check_segment(memory: Memory, frames: int) -> None:
+    """Raise PatternError unless the segments of a memory divide a clip of `frames` frames of tokens."""
+    if isinstance(memory, Infini) and frames % memory.segment:
+        raise PatternError(
+            f"memory: segments of {memory.segment} frames do not divide the {frames} frames of tokens of a clip; write a "
+            f"segment that does, such as {max(n for n in range(1, memory.segment + 1) if frames % n == 0)}"
+        )

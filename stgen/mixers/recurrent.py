@@ -28,6 +28,16 @@ class RecurrentNet(nn.Module):
         out, _ = pad_packed_sequence(self.cells(packed)[0], batch_first=True, total_length=x.shape[1])
         return self.to_out(out)
 
+    def stream(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The same for sequences [S, n, C] that go on from a state, and the state after them; not bidirectional."""
+        hidden, state = self.cells(x, state)
+        return self.to_out(hidden), state
+
+    def new_state(self, sequences: int, like: Tensor) -> Any:
+        """The state before a sequence."""
+        zeros = like.new_zeros(1, sequences, self.hidden)
+        return (zeros, zeros) if self.keys.kind == "lstm" else zeros
+
     def flops(self, tokens: int) -> int:
         directions = 1 + self.keys.bidirectional
         cells = directions * linear_flops(tokens, self.width + self.hidden, GATES[self.keys.kind] * self.hidden)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stgen.attention import layout
-from stgen.attention.reuse import Carry
+from stgen.attention.reuse import Carry, Kept
 from stgen.mixers.recurrent import RecurrentNet
 from stgen.mixers.spec import TCN, TokenMixer
 from stgen.mixers.tcn import TCNNet
@@ -17,15 +17,23 @@ from stgen.tokens import Grid
 class SequenceMixer(nn.Module):
     """Runs a net over the sequences of a layout. Global tokens (registers) stand in no sequence and get nothing."""
 
-    def __init__(self, name: str, keys: TokenMixer, width: int, registers: int):
+    def __init__(self, name: str, keys: TokenMixer, width: int, registers: int, number: int = 0):
+        """`number`: of the use in the plan, by which it finds in the carry what a stream remembers."""
         super().__init__()
-        self.name, self.keys, self.registers = name, keys, registers
+        self.name, self.keys, self.registers, self.number = name, keys, registers, number
         self.layout = layout.build(keys.layout, keys.size)
         self.net = TCNNet(keys, width) if isinstance(keys, TCN) else RecurrentNet(keys, width)
 
     def forward(self, x: Tensor, grid: Grid, rope: Any, carry: Carry) -> tuple[Tensor, Carry]:
-        """x [B, registers + N, C] -> the same shape; it knows places by their order and leaves nothing for later layers."""
+        """x [B, registers + N, C] -> the same shape; it knows places by their order and leaves nothing for later layers.
+
+        Where the carry holds the state after earlier frames it goes on from there, and leaves the state after these.
+        """
         own = self.layout.fold(x[:, self.registers :, None], grid)[:, 0]  # [S, n, C]
+        if self.number in carry:
+            out, state = self.net.stream(own, carry[self.number].memory)
+            carry = {**carry, self.number: Kept(memory=state)}
+            return self.layout.unfold(out[:, None], grid)[:, :, 0], carry
         present = self.layout.key_mask(grid, x.device)  # [sequences of a clip, n]
         if present is None:
             out = self.net(own, None)
@@ -37,6 +45,12 @@ class SequenceMixer(nn.Module):
             out = torch.empty_like(mixed).scatter(1, order, mixed)
         out = self.layout.unfold(out[:, None], grid)[:, :, 0]  # [B, N, C]
         return nn.functional.pad(out, (0, 0, self.registers, 0)), carry
+
+    def new_memories(self, batch: int, chunk: Grid, like: Tensor) -> dict[int, Any]:
+        """What it carries over time, of a video that has not begun, by number of the use; nothing where it sees one frame."""
+        if not self.keys.mixes_time:
+            return {}
+        return {self.number: self.net.new_state(batch * self.layout.sequence(chunk)[0], like)}
 
     def work(self, grid: Grid) -> Work:
         """Operations of a forward pass over one clip; there is no map that could be dense."""

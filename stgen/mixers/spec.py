@@ -25,6 +25,16 @@ class Sequences(Section):
             raise ValueError(f"size belongs to layout window, not to {self.layout}")
         return self
 
+    @property
+    def mixes_time(self) -> bool:
+        """Whether a sequence holds tokens of several frames."""
+        return self.layout in ("joint", "temporal") or (self.size is not None and self.size[0] > 1)
+
+    @property
+    def sees_future(self) -> bool:
+        """Whether a token's output depends on tokens after it."""
+        raise NotImplementedError
+
 
 class TCN(Sequences):
     kind: Literal["tcn"] = "tcn"
@@ -45,6 +55,10 @@ class TCN(Sequences):
         return self
 
     @property
+    def sees_future(self) -> bool:
+        return not self.causal
+
+    @property
     def reach(self) -> int:
         """Tokens that an output may depend on: 1 + 2 (k - 1) (2^levels - 1)."""
         return 1 + 2 * (self.kernel_size - 1) * (2**self.levels - 1)
@@ -55,6 +69,10 @@ class Recurrent(Sequences):
     """A recurrence by PyTorch's own cells: tanh, LSTM or GRU."""
     bidirectional: bool = True
     """Run once forwards and once backwards, half of the channels each; false sees no token to come."""
+
+    @property
+    def sees_future(self) -> bool:
+        return self.bidirectional
 
 
 TokenMixer = TCN | Recurrent

@@ -187,6 +187,13 @@ def radial(density=1, sink_frames=1):
     return oracle
 
 
+def recent(sinks, window):
+    def oracle(i, j, i_block, j_block, frame):
+        return j[0] in (*range(sinks), *range(i[0] - window + 1, i[0] + 1)) and j[0] <= i[0]
+
+    return oracle
+
+
 def checkerboard(i, j, i_block, j_block, frame):
     return sum(i) % 2 == sum(j) % 2
 
@@ -411,6 +418,7 @@ ORACLES = {
     "random": lambda p: random_(p.blocks, p.seed),
     "sliding_tile": lambda p: sliding_tile(p.window),
     "radial": lambda p: radial(p.density, p.sink_frames),
+    "recent": lambda p: recent(p.sinks, p.window),
     "checkerboard": lambda p: checkerboard,
     "topk": lambda p: topk_blocks(p.ratio) if p.level == "block" else topk_tokens(p.ratio),
     "entropy": lambda p: entropy(p.ratio),
@@ -443,6 +451,7 @@ PATTERNS = {
     "sliding_tile, even": {"kind": "sliding_tile", "window": (1, 2, 2)},
     "radial": {"kind": "radial"},
     "radial, sparse": {"kind": "radial", "density": 0.25, "sink_frames": 0},
+    "recent": {"kind": "recent", "sinks": 1, "window": 2},
     "checkerboard": {"kind": "checkerboard"},
     "topk": {"kind": "topk", "ratio": 0.4},
     "topk, tokens": {"kind": "topk", "ratio": 0.29, "level": "token"},

@@ -45,7 +45,7 @@ def test_blocks_start_as_identity_and_every_weight_moves_by_the_second_step(text
     mask = torch.ones(2, 5, dtype=torch.bool)
     shared = model.modulation(torch.randn(2, 32)).unflatten(-1, (6, -1))
     for block in model.blocks:
-        out, _ = block(x, Grid(2, 3, 4), None, shared, torch.randn(2, 5, 32), mask, {})
+        out = block(x, Grid(2, 3, 4), None, shared, torch.randn(2, 5, 32), mask, {})
         torch.testing.assert_close(out, x, rtol=0, atol=0)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -141,7 +141,7 @@ IN_FILE = {  # second line of the file -> the whole refusal
     "true: 2": "keys are plain or quoted strings, got true (x.yaml:2)",
     "? [a, b]\n: 2": "keys are plain or quoted strings, got a list or mapping (x.yaml:2)",
     "&k model: {}": "keys are plain or quoted strings, got model (x.yaml:2)",
-    "\tmodel: {}": "not valid YAML: found character '\\t' that cannot start any token (x.yaml:2)",
+    "\tmodel: {}": "not valid YAML: found character '\\t' that cannot start any token; indent with spaces (x.yaml:2)",
     "---\nmodel: {}": "not valid YAML: but found another document (x.yaml:2)",
     "model: {width: 1": "not valid YAML: expected ',' or '}', but got '<stream end>' (x.yaml:3)",
     "extends: 3": "extends: should be a file name or a list of file names, got 3 (x.yaml:2)",
@@ -207,7 +207,7 @@ IN_OVERRIDE = {
         "(max_train_steps and max_train_seconds are given) (x.yaml:1, override train.max_train_seconds=5)"
     ),
     "model.depth=" + "9" * 5000: (
-        f"model.depth: '{'9' * 78}… cannot be read as a value of type int (override model.depth={'9' * 67}…)"
+        f"model.depth: {'9' * 79}… is beyond 2^63, the largest whole number that is read (override model.depth={'9' * 67}…)"
     ),
     "run.output_dir=\udcff": (
         "run.output_dir: not valid YAML: unacceptable character #xdcff: special characters are not allowed "
@@ -256,6 +256,7 @@ def test_a_file_that_cannot_be_read_is_one_line(monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied")
 
+    write("secret.yaml", LIMIT)
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(ConfigError, match=r"^config error: secret\.yaml: permission denied$"):
         load("secret.yaml", [], Config)

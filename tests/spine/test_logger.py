@@ -196,7 +196,11 @@ from stgen.logger import Logger
 record = Logger(sys.argv[1], {}, mode="offline")
 record.log(0, {"a": 0})
 for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
-    for process in child.read_text().split():
+    try:
+        processes = child.read_text().split()
+    except FileNotFoundError:  # a thread that ended meanwhile
+        continue
+    for process in processes:
         if "wandb" in Path(f"/proc/{process}/comm").read_text():
             os.kill(int(process), signal.SIGKILL)
             print("killed")

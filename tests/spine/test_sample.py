@@ -310,7 +310,7 @@ def test_folders_that_hold_no_model(saved, tmp_path, capsys):
     (tmp_path / "model_index.json").write_text((saved / "model_index.json").read_text())
     assert "cannot be loaded" in refused(capsys, tmp_path, "--prompt", "red")
     (tmp_path / "model_index.json").write_text("{")
-    assert "cannot be loaded" in refused(capsys, tmp_path, "--prompt", "red")
+    assert "model_index.json: not JSON that can be read" in refused(capsys, tmp_path, "--prompt", "red")
 
 
 def test_an_output_folder_that_is_a_file(saved, tmp_path, capsys):

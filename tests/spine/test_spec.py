@@ -39,6 +39,24 @@ FAULTS = {
     "{heads: {a: {sink: logit}}}": 'is no range of heads; write "0-3" or "5"',
     '{heads: {"0-4": {sink: logit}}}': "names head 4, but the mixer has 4 (0 to 3)",
     '{heads: {"0-1": {sink: logit}, "1": {sink: none}}}': "names heads that another entry has named",
+    "{layout: spatial, memory: {kind: infini, segment: 1}}": "memory: layout spatial has no time to remember; write memory: "
+    "none, or layout: joint or temporal",
+    "{layout: window, size: [2, 2, 2], memory: {kind: infini, segment: 1}}": "layout window is cut in time already",
+    "{memory: {kind: infini, segment: 0}}": "model.mixers.a.memory",
+    "{memory: infini}": "model.mixers.a.memory",
+    "{memory: {kind: infini, segment: 1}, reuse: {what: kv}}": "infini keeps what a layer has computed itself, not the kv of "
+    "an earlier one; write reuse: none or output",
+    "{memory: {kind: infini, segment: 1}, order: tile, pattern: sliding_tile}": "sliding_tile moves over the tiles of a clip, "
+    "not of a segment",
+    "{memory: {kind: infini, segment: 3}}": "segments of 3 frames do not divide the 2 frames of tokens of a clip; write a "
+    "segment that does, such as 2",
+    "{memory: {kind: ring, window: 2}}": "model.mixers.a.memory: ring keeps the frames before one's own, but full looks at "
+    "later ones; write pattern: causal, or {all: [causal, ...]}",
+    '{memory: {kind: ring, window: 2}, heads: {"0-1": {pattern: causal}}}': "but full looks at later ones",
+    "{memory: {kind: ring, window: 2}, pattern: causal, normaliser: linear}": "cannot leave out those that a ring does; write "
+    "memory: infini, or another normaliser",
+    "{memory: {kind: ring, window: 2}, pattern: causal, approximate: {quantise: [k]}}": "write approximate.form: fixed",
+    "{memory: {kind: ring, window: 0}, pattern: causal}": "model.mixers.a.memory",
     '{normaliser: relu, heads: {"0-1": {sink: logit}}}': "model.mixers.a.heads.0-1.sink: a logit is mass in a softmax",
 }
 
@@ -83,6 +101,8 @@ def test_registers_refuse_what_they_would_break():
         TILED + ", pattern: {all: [causal, {kind: topk, level: token}]}}",
         '{heads: {"0-1": {pattern: {kind: local, radius: 1}}, "2-3": {normaliser: relu}}}',
         "{layout: temporal, sink: {kind: tokens, count: 2}, reuse: {what: map, every: 4}}",
+        "{layout: temporal, memory: {kind: infini, segment: 1, delta: true, truncate: 1}}",
+        "{memory: {kind: ring, window: 9}, pattern: {all: [causal, {kind: local, radius: 1}]}, reuse: {what: output}}",
         '{pattern: topk, normaliser: linear, heads: {"0-3": {pattern: full}}}',  # no head has the pair
         "{normaliser: {kind: linear, features: favor, redraw_steps: 100}, sink: tokens}",
     ],

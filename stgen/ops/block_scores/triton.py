@@ -18,7 +18,7 @@ RULES = ("top", "mass", "above")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SCORES = 64  # rows and columns of a tile of scores
-DEPTH = 32  # of it taken at once
+DEPTH = 16  # of it taken at once
 COLUMN = 32  # blocks of a tile whose lists are transposed
 
 
@@ -202,7 +202,7 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
     (sequences, heads, rows, depth), columns = q.shape, k.shape[2]
     out = q.new_empty(sequences, heads, rows, columns)
     row_tiles, column_tiles = -(-rows // SCORES), -(-columns // SCORES)
-    constants: dict[str, Any] = {"D": depth, "TILE": SCORES, "DEPTH": DEPTH, "num_warps": 4, "num_stages": 2}
+    constants: dict[str, Any] = {"D": depth, "TILE": SCORES, "DEPTH": DEPTH, "num_warps": 4, "maxnreg": 128}
     _score_kernel[(sequences * heads * row_tiles * column_tiles,)](
         q, k, out, rows, columns, row_tiles, column_tiles, depth**-0.5, **constants
     )
