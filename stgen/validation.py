@@ -29,23 +29,33 @@ def evaluating(parts: build.Parts) -> Iterator[None]:
 
 
 def held_out_loss(cfg: schema.Config, parts: build.Parts, objective: Objective, batch: Batch) -> float:
-    """Mean loss over the held-out clips, each at a fixed time and noise.
+    """Mean loss over the held-out clips, each at a fixed time and noise."""
+    found = held_out_losses(cfg, parts, objective, batch)
+    return sum(float(part.sum()) for part in found.split(cfg.train.train_batch_size)) / len(found)
 
-    The times are evenly spaced quantiles of the density of training times, so that the number compares with the
-    training loss.
+
+def held_out_losses(
+    cfg: schema.Config, parts: build.Parts, objective: Objective, batch: Batch, part: int = 0, of: int = 1
+) -> Tensor:
+    """Loss of each held-out clip at a fixed time and noise, the same for every model: [clips].
+
+    The times are evenly spaced quantiles of the density of training times, so that the mean compares with the training
+    loss; with `of` above 1 they are taken from that `part` of as many equally likely ones.
     """
-    count, total = len(batch.captions), 0.0
+    count, found = len(batch.captions), []
     draws = objective.draw_times(4096, generator("held-out times")).sort().values
-    times = draws[(torch.arange(count) * 2 + 1) * len(draws) // (2 * count)]  # [count]
+    places = torch.arange(count) * 2 + 1 + 2 * count * part
+    times = draws[places * len(draws) // (2 * count * of)]  # [count]
+    key = ("held-out",) if part == 0 else ("held-out", part, "of", of)
     for start in range(0, count, cfg.train.train_batch_size):
         rows = range(start, min(start + cfg.train.train_batch_size, count))
         latents = batch.latents[rows.start : rows.stop]
-        noise = [torch.randn(latents.shape[1:], generator=generator(cfg.run.seed, "held-out", i)) for i in rows]
+        noise = [torch.randn(latents.shape[1:], generator=generator(cfg.run.seed, *key, i)) for i in rows]
         t = times[rows.start : rows.stop].to(latents.device)
-        part = Batch(latents, batch.captions[rows.start : rows.stop], [])
+        clips = Batch(latents, batch.captions[rows.start : rows.stop], [])
         noise = torch.stack(noise).to(latents.device)
-        total += float(losses(cfg, parts.transformer, parts, objective, part, noise, t, part.captions).sum())
-    return total / count
+        found.append(losses(cfg, parts.transformer, parts, objective, clips, noise, t, clips.captions))
+    return torch.cat(found)
 
 
 def prompts_of(cfg: schema.Config, captions: list[str], split: shapes.Split | None) -> list[str]:
@@ -104,13 +114,27 @@ def judge(
 ) -> dict[str, Any]:
     """Share of clips of which the oracle reads the whole prompt: {seen, held_out, real}, with n and intervals beside."""
     count = cfg.validation.judged_noises * len(split.held_out)
-    groups = {"seen": split.seen, "held_out": split.held_out}
-    detail = {}
-    for name, combos in groups.items():
-        asked = [combos[i % len(combos)] for i in range(count)]
-        seeds = [10_000 + i for i in range(count)]
-        clips = sample_clips(pipeline, [combo.prompt for combo in asked], seeds, cfg)
-        detail[name] = shapes.accuracy(clips, asked)
+    return verdicts(asked_clips(cfg, pipeline, split, count), folder)
+
+
+def asked_clips(
+    cfg: schema.Config, pipeline: VideoPipeline, split: shapes.Split, count: int
+) -> dict[str, tuple[list[shapes.Combination], list[Tensor]]]:
+    """`count` clips of combinations seen and as many of held-out ones, taking turns: {group: (asked, clips)}."""
+    found = {}
+    for name, combos in {"seen": split.seen, "held_out": split.held_out}.items():
+        asked = [combos[i % len(combos)] for i in range(count)] if combos else []
+        seeds = [10_000 + i for i in range(len(asked))]
+        found[name] = (asked, sample_clips(pipeline, [combo.prompt for combo in asked], seeds, cfg))
+    return found
+
+
+def verdicts(
+    groups: dict[str, tuple[list[shapes.Combination], list[Tensor]]], folder: dataset.VideoFolder
+) -> dict[str, Any]:
+    """The oracle's verdict on each group of clips, and on as many real ones."""
+    detail = {name: shapes.accuracy(clips, asked) for name, (asked, clips) in groups.items() if asked}
+    count = max(len(asked) for asked, _ in groups.values())
     real = [folder[(i, 0)] for i in range(min(count, len(folder)))]
     by_prompt = {combo.prompt: combo for combo in shapes.ALL}
     clips = [item["frames"].movedim(0, 1) for item in real]

@@ -15,7 +15,7 @@ from stgen import build, checkpoint, codec, config, dataset, schema, source
 from stgen.lab import inspect_report as report
 from stgen.lab.inspect_advice import THRESHOLDS, advice
 from stgen.lab.inspect_plan import describe_plan
-from stgen.lab.inspect_statistics import ClipIn, study
+from stgen.lab.inspect_statistics import ClipIn, mixers_of, study
 from stgen.pipeline import VideoPipeline
 from stgen.step import generator
 from stgen.tokens import grid_of
@@ -35,7 +35,7 @@ def inspect_config(cfg: schema.Config, out: Path) -> list[Path]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer = build.build_transformer(cfg, shape, text_width)
     text_tokens = min(cfg.text.max_length, 1 + max((len(c.split()) for c in captions), default=0))
-    _make(out)
+    make_folder(out)
     files = describe_plan(transformer, grid, text_tokens, out)
     print(f"pictures: {', '.join(map(str, files))}")
     return files
@@ -44,13 +44,23 @@ def inspect_config(cfg: schema.Config, out: Path) -> list[Path]:
 def inspect_run(args: Namespace) -> dict[str, Any]:
     """The same for a trained run, with statistics of its maps on clips of its data; returns what statistics.json holds."""
     diffusers.utils.logging.disable_progress_bar()
-    pipeline, cfg, home = _load(args.target, args.weights)
-    device = _device(args.device)
+    pipeline, cfg, home = load_run(args.target, args.weights)
+    if not cfg.model.pruning.is_exact:
+        raise InspectError(
+            f"{args.target}: maps are measured on all tokens and heads of a clip, but model.pruning leaves some out; inspect a "
+            "run without it"
+        )
+    if not mixers_of(pipeline.transformer):
+        raise InspectError(
+            f"{args.target}: no mixer of its plan ({cfg.model.plan}) attends, so there are no maps to measure; inspect its "
+            "config for the plan alone"
+        )
+    device = device_of(args.device)
     pipeline.to(device)
     pipeline.transformer.eval()
     out = args.output_dir or home / "inspect"
-    _make(out)
-    clips, files, of = _clips(cfg, home, pipeline, args.clips, args.seed, device)
+    make_folder(out)
+    clips, files, of = clips_of(cfg, home, pipeline, args.clips, args.seed, device)
     shape = tuple(clips[0].latents.shape[2:])
     grid = grid_of(shape, cfg.tokens.patch_size)
     times = [(i + 0.5) / args.times for i in range(args.times)]
@@ -85,7 +95,7 @@ def _suggestions_words(suggestions: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def _load(target: Path, weights: str) -> tuple[VideoPipeline, schema.Config, Path]:
+def load_run(target: Path, weights: str) -> tuple[VideoPipeline, schema.Config, Path]:
     """The pipeline, the config that it was trained under, and the run folder with the data."""
     try:
         pipeline = build.load_pipeline(target, weights)
@@ -103,21 +113,21 @@ def _load(target: Path, weights: str) -> tuple[VideoPipeline, schema.Config, Pat
     )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     cuda = name != "cpu" and torch.cuda.is_available()
     if name == "cuda" and not cuda:
         raise InspectError("--device cuda: PyTorch finds no CUDA device; say auto or cpu")
     return torch.device("cuda" if cuda else "cpu")
 
 
-def _make(out: Path) -> None:
+def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InspectError(f"--output_dir: {out} cannot be written to: {error.strerror}") from None
 
 
-def _clips(
+def clips_of(
     cfg: schema.Config, home: Path, pipeline: VideoPipeline, count: int, seed: int, device: torch.device
 ) -> tuple[list[ClipIn], list[str], str]:
     """Held-out clips of the run's data, training clips where none are held out: with noise and prompt of each."""

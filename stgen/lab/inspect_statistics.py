@@ -308,7 +308,7 @@ def study(
         held: list[dict[int, Maps]] = []
         for i, t in enumerate(times):
             with watching(watched, grid) as seen:
-                _forward(transformer, objective, clip, t)
+                forward_at(transformer, objective, clip, t)
             _add_pass(tally, watched, grid, i, seen.maps)
             held.append(seen.maps)
             if i == len(times) // 2:
@@ -343,11 +343,12 @@ def _prepared(mixer: Mixer, grid: Grid, entries: int, device: torch.device) -> U
     return UseStatistics(use, runs, Sample.of(runs[0].layout, grid, use.heads, entries, device), note)
 
 
-def _forward(transformer: VideoTransformer, objective: Objective, clip: ClipIn, t: float) -> None:
+def forward_at(transformer: VideoTransformer, objective: Objective, clip: ClipIn, t: float) -> Tensor:
+    """What the model puts out for a clip at time t, without gradients."""
     level = torch.full((1,), t, device=clip.latents.device)
     z = objective.add_noise(clip.latents, clip.noise, level)
     with torch.no_grad():
-        transformer(z, objective.model_time(level), clip.prompt, clip.prompt_mask)
+        return transformer(z, objective.model_time(level), clip.prompt, clip.prompt_mask, return_dict=False)[0]
 
 
 def _add_pass(tally: "_Tally", watched: Mapping[int, "Watched"], grid: Grid, time: int, maps: dict[int, Maps]) -> None:

@@ -427,3 +427,10 @@ def test_what_cannot_be_inspected_ends_in_one_line(run_folder, tmp_path, capsys,
         cli.inspect([str(path), *extra])
     said = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == code and words in said[-1] and (len(said) == 1 or extra)
+
+
+def test_a_run_without_attention_has_no_maps_to_measure(tmp_path, capsys):
+    train(make(tmp_path, "model.plan=tcn"))
+    with pytest.raises(SystemExit):
+        cli.inspect([str(tmp_path / "run"), "--device", "cpu", "--wandb", "disabled"])
+    assert "no mixer of its plan (tcn) attends" in capsys.readouterr().err
