@@ -13,6 +13,7 @@ import platform
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def right(clips: list[Tensor], prompts: list[str]) -> float | None:
     known = {combo.prompt: combo for combo in shapes.ALL}
     if not all(prompt in known for prompt in prompts):
         return None
-    return shapes.accuracy(clips, [known[prompt] for prompt in prompts])["all"]
+    share: Any = shapes.accuracy(clips, [known[prompt] for prompt in prompts])["all"]
+    return share
 
 
 def main() -> None:
@@ -105,7 +107,7 @@ def main() -> None:
     if args.json:
         machine = {"device": f"{platform.processor() or platform.machine()}, 1 thread", "torch": torch.__version__}
         args.json.write_text(
-            json.dumps({**machine, "run": str(args.run), "clips": len(prompts), "rows": rows}, indent=1) + "\n"
+            json.dumps({**machine, "run": args.run.resolve().name, "clips": len(prompts), "rows": rows}, indent=1) + "\n"
         )
 
 
