@@ -15,6 +15,7 @@ Measured forward and backward with one thread of a Xeon with AMX, 4 heads x 64, 
 """
 
 import logging
+import os
 from collections.abc import Callable, Hashable
 from functools import cache
 
@@ -64,6 +65,13 @@ def by_kernels(op: str, x: Tensor, unfit: str | None, trial: Callable[..., None]
 def is_gpu(x: Tensor) -> bool:
     """Whether x lies where Triton compiles for."""
     return x.device.type == "cuda"
+
+
+def off_gpu(x: Tensor) -> str | None:
+    """Why a named kernel cannot run where x lies, as a clause; None if it can."""
+    if torch.compiler.is_compiling() or is_gpu(x) or os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return None
+    return f"tensors are on {x.device.type}, where Triton only interprets (TRITON_INTERPRET=1), not on a GPU"
 
 
 @cache

@@ -517,6 +517,8 @@ MUTANTS = [
     Mutant("no mask", "& 1 != 0, s,", "& 1 >= 0, s,", check_partial_blocks),
     Mutant("second word", "_word(words, 1, slot", "_word(words, 0, slot", check_half),
     Mutant("word of a later tile", "+ column // 32\n", "\n", check_blocks_in_parts),
+    Mutant("bits of a later byte", " >> columns // 8 * 8", "", check_partial_blocks),
+    Mutant("bits within a byte", "word >> columns % 8 >>", "word >>", check_partial_blocks),
     Mutant("bits of a later tile", "columns += column % 32", "columns += 0", check_narrow_tiles),
     Mutant("slot", "(slot.to(tl.int64) * c.BQ + rows)", "rows", check_partial_blocks),
     Mutant(
@@ -539,7 +541,8 @@ MUTANTS = [
     Mutant("delta", "delta = tl.sum(o * d_o, 1)", "delta = tl.sum(o * o, 1)", check_softmax),
     Mutant("gradient of the LSE", "delta -= tl.load(d_mass", "delta += tl.load(d_mass", check_softmax),
     Mutant("folded mass", "row_level += tl.log2(", "row_level += tl.exp2(", check_half),
-    Mutant("dS without delta", "slope * (d_weights - delta)", "slope * d_weights", check_softmax),
+    Mutant("dQ without delta", "(_product(d_o, values) - delta[:, None])", "_product(d_o, values)", check_softmax),
+    Mutant("dK without delta", "(_product(values, d_o) - delta[None, :])", "_product(values, d_o)", check_softmax),
     Mutant("slope of poly", "weight * inverse, slope * inverse", "weight * inverse, weight * inverse", check_poly),
     Mutant("number of keys", "if MASKED else c.TK", "if MASKED else c.TK + 1", check_relu),
     Mutant("number of kept keys", '"-inf"), 0.0, 1.0', '"-inf"), 1.0, 1.0', check_relu2),

@@ -1,39 +1,13 @@
 """Every launch of tests/kernels/launches_*.py compiles for the GPUs it is meant for, without spills, within shared memory
 and with the instructions it needs. All of them in one process, since this one interprets."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from compiling import LAUNCHES, assert_sound, compile_all, needs_tools
 
-from stgen.testing.compiled import (
-    Launch,
-    Report,
-    count_opcodes,
-    dry_launch,
-    faults,
-    load_launches,
-    show,
-    spill_bytes,
-    tools,
-)
+from stgen.testing.compiled import Launch, Report, count_opcodes, dry_launch, faults, load_launches, spill_bytes
 from stgen.testing.interpreter import interpreting
 
-HERE = Path(__file__).parent
-FILES = sorted(str(path) for path in HERE.glob("launches_*.py"))
-LAUNCHES = [
-    pytest.param(file, name, target, id=f"{Path(file).stem.removeprefix('launches_')}-{name}-{target}")
-    for file in FILES
-    for name, launch in load_launches(file).items()
-    for target in launch.targets
-]
 QUICK = [p for p in LAUNCHES if load_launches(p.values[0])[p.values[1]].quick]
-
-needs_tools = pytest.mark.skipif(tools() is None, reason="the installed triton has no NVIDIA disassembler")
-
 
 FAULTY = """
 import torch, triton
@@ -61,25 +35,6 @@ LAUNCHES = {
 """
 
 
-def compile_all(folder: Path, *arguments: str) -> dict[tuple[str, str, str], dict]:
-    """Results of the program by file, launch and target."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "stgen.testing.compiled",
-        *FILES,
-        *arguments,
-        "--json",
-        str(folder / "results.json"),
-    ]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
-    assert run.returncode in (0, 1), run.stdout + run.stderr
-    results = json.loads((folder / "results.json").read_text())
-    assert run.returncode == any(result["faults"] for result in results)
-    return {(result["file"], result["launch"], result["target"]): result for result in results}
-
-
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
     path = tmp_path_factory.mktemp("faulty") / "launches_faulty.py"
@@ -100,11 +55,6 @@ def every(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_on_blackwell(tmp_path_factory):
     return compile_all(tmp_path_factory.mktemp("blackwell"), "--quick", "--target", "sm_100")
-
-
-def assert_sound(result: dict) -> None:
-    assert not result["faults"], show(result)
-    assert result["reports"], show(result)
 
 
 @needs_tools

@@ -141,7 +141,8 @@ def _word(words, number: tl.constexpr, slot, left, c: tl.constexpr):
 def _masked(s, bits, slot, row, block, column, keys, KEY_AXIS: tl.constexpr, c: tl.constexpr):
     """Scores of a tile from places `row` and `column` of a partial block on, with -inf where a key is hidden.
 
-    A row of the block has 32 keys in a word; tiles have at most 64 keys. Keys lie along KEY_AXIS of s.
+    A row of the block has 32 keys in a word; tiles have at most 64 keys. Keys lie along KEY_AXIS of s. Words are shifted
+    in two steps, since a thread has the same `columns % 8` all along: it need not keep a mask for each column.
     """
     rows, columns = row + tl.arange(0, c.TQ), tl.expand_dims(tl.arange(0, c.TK), 1 - KEY_AXIS)
     words = bits + (slot.to(tl.int64) * c.BQ + rows) * tl.cdiv(c.BK, 32) + column // 32
@@ -152,7 +153,7 @@ def _masked(s, bits, slot, row, block, column, keys, KEY_AXIS: tl.constexpr, c: 
         word, columns = tl.where(columns < 32, word, second), columns % 32
     else:
         columns += column % 32
-    return tl.where((word >> columns) & 1 != 0, s, float("-inf"))
+    return tl.where((word >> columns % 8 >> columns // 8 * 8) & 1 != 0, s, float("-inf"))
 
 
 @triton.jit
@@ -315,13 +316,13 @@ def _of_rows(rows, first, start, length, c: tl.constexpr):
 
 
 @triton.jit
-def _d_scores(s, d_weights, level, inverse, delta, c: tl.constexpr):
-    """f / mass and dS = f' / mass (dW - delta)"""
+def _weigh(s, level, inverse, c: tl.constexpr):
+    """f / mass and f' / mass"""
     weight = weight_of(s, level, c.KIND, c.CUT)
     slope = slope_of(s, level, weight, c.KIND, c.CUT)
     if not c.FOLDED:
         weight, slope = weight * inverse, slope * inverse
-    return weight, slope * (d_weights - delta)
+    return weight, slope
 
 
 @triton.jit
@@ -335,8 +336,8 @@ def _collect_queries(
         keys = _of_block(k, block, column, here, MASKED, c)
         values = _of_block(v, block, column, here, MASKED, c)
         s = _scores(queries, keys, block, column, slot, pairs, here, k.length, MASKED, c)
-        d_w = _product(d_o, values)
-        _, d_s = _d_scores(s, d_w, level[:, None], inverse[:, None], delta[:, None], c)
+        _, slope = _weigh(s, level[:, None], inverse[:, None], c)
+        d_s = slope * (_product(d_o, values) - delta[:, None])
         if d_bias is not None:
             tl.store(d_bias + (block * c.BK + column) // c.TK, tl.sum(tl.sum(d_s, 1), 0))
         d_q = tl.dot(d_s.to(keys.dtype), keys, d_q, input_precision="ieee")
@@ -386,16 +387,19 @@ def _collect_keys(
             s += tl.load(bias + first + block.to(tl.int64) * key_blocks).to(tl.float32) * unit(c.KIND)
         if MASKED:
             s = _masked(s, bits, slot, row, block_k, column, keys_in_all, 0, c)
-        d_w = _product(values, d_o)
-        weight, d_s = _d_scores(s, d_w, level[None, :], inverse[None, :], delta[None, :], c)
+        weight, slope = _weigh(s, level[None, :], inverse[None, :], c)
         d_v = tl.dot(weight.to(d_o.dtype), d_o, d_v, input_precision="ieee")
+        d_s = slope * (_product(values, d_o) - delta[None, :])
         d_s_low = d_s.to(queries.dtype)
         d_k = tl.dot(d_s_low, queries, d_k, input_precision="ieee")
         if d_q is not None:
             part = tl.trans(tl.dot(tl.trans(keys), d_s_low, input_precision="ieee")) * c.SCALE  # [TQ, WIDTH]
             places = d_q + (of_head * q.length + start) * c.D
             places += tl.arange(0, c.TQ)[:, None] * c.D + tl.arange(0, c.WIDTH)[None, :]
-            tl.atomic_add(places, part, mask=_inside(start, q.length, c.TQ, c), sem="relaxed")
+            if c.RAGGED_Q or c.D < c.WIDTH:
+                tl.atomic_add(places, part, mask=_inside(start, q.length, c.TQ, c), sem="relaxed")
+            else:
+                tl.atomic_add(places, part, sem="relaxed")
             if bias is not None:
                 tile = of_head * (tl.cdiv(q.length, c.BQ) * (c.BQ // c.TQ)) + start // c.TQ
                 tile = tile * (key_blocks * (c.BK // c.TK)) + (block_k * c.BK + column) // c.TK
@@ -434,22 +438,21 @@ def _keys(q, k, v, bias, lists, bits, d_out, rows, d_q, d_k, d_v, d_bias, sizes,
 # ----------------------------------------------------------------------------------------------------- configurations
 
 
-# Compiled by triton 3.9 for bf16, softmax, partial blocks, 16 heads x 128, 40960 places (tests/kernels/launches_*.py);
-# nothing of this has run on a GPU. At 64 x 64 four programs share an SM and hide each other's latency: one stage is
-# enough. With triton 3.9 nothing spills. With 3.6 eight of the 44 launches that are compiled in the tests do: 4 B the
-# forward above on sm_90 and one of the rows, 12 to 56 B four of keys and `fast`, 360 to 380 B the fp32 forward at D = 128.
+# Compiled for bf16, softmax, partial blocks, 16 heads x 128, 40960 places (tests/kernels/launches_*.py) by triton 3.9, and
+# by 3.6 where its registers are other by more than a few; nothing spills, and nothing of this has run on a GPU. At
+# 64 x 64 four programs share an SM and hide each other's latency: one stage is enough.
 #
 # | blocks | kernel | target, loads | tile, warps, stages | registers | shared | programs per SM |
 # |---|---|---|---|---|---|---|
-# | 64 x 64 | forward | sm_90 descriptors | 64 x 64, 4, 1 | 128 | 48 KiB | 4 |
-# | 128 x 64 | forward | sm_90 descriptors | 128 x 64, 8, 2 | 155 | 97 KiB | 1 |
-# | 64 x 64 | queries | sm_90 descriptors | 64 x 64, 4, 1 | 165 | 64 KiB | 3 |
-# | 64 x 64 | keys | sm_90 descriptors | 32 x 64, 4, 2 | 222 | 65 KiB | 2 |
-# | 64 x 64 | fast | sm_90 descriptors | 32 x 64, 4, 2 | 242 | 81 KiB | 2 |
-# | 64 x 64 | forward | sm_80 pointers | 64 x 64, 4, 2 | 226 | 57 KiB | 2 |
+# | 64 x 64 | forward | sm_90 descriptors | 64 x 64, 4, 1 | 126 | 48 KiB | 4 |
+# | 128 x 64 | forward | sm_90 descriptors | 128 x 64, 8, 2 | 149 | 97 KiB | 1 |
+# | 64 x 64 | queries | sm_90 descriptors | 64 x 64, 4, 1 | 160 (192) | 64 KiB | 3 |
+# | 64 x 64 | keys | sm_90 descriptors | 32 x 64, 4, 2 | 211 (224) | 65 KiB | 2 |
+# | 64 x 64 | fast | sm_90 descriptors | 32 x 64, 4, 2 | 240 (255) | 81 KiB | 2 |
+# | 64 x 64 | forward | sm_80 pointers | 64 x 64, 4, 2 | 228 | 57 KiB | 2 |
 # | 64 x 64 | queries | sm_80 pointers | 64 x 32, 4, 2 | 166 | 52 KiB | 3 |
-# | 64 x 64 | keys | sm_80 pointers | 32 x 64, 4, 2 | 245 | 53 KiB | 2 |
-# | 64 x 64 | fast | sm_80 pointers | 16 x 64, 4, 2 | 255 | 64 KiB | 2 |
+# | 64 x 64 | keys | sm_80 pointers | 32 x 64, 4, 2 | 254 | 53 KiB | 2 |
+# | 64 x 64 | fast | sm_80 pointers | 16 x 64, 4, 2 | 254 | 64 KiB | 2 |
 
 
 class Config(NamedTuple):
@@ -459,7 +462,7 @@ class Config(NamedTuple):
     keys: int
     warps: int
     stages: int
-    registers: int | None = None  # at most, where the compiler would take more than pays
+    registers: int | None = None  # at most; given, the compiler spills none to have fewer
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -479,11 +482,19 @@ def config(
     of_keys, wide = kernel in ("keys", "fast"), width == 128
     if itemsize == 4:  # products by FMA, whose operands take registers
         tile = 16 if wide else 32
-        return Config(min(bq, tile), min(bk, tile), 8 if of_keys and width >= 64 else 4, 1)
+        if wide or (of_keys and width == 64):
+            return Config(min(bq, tile), min(bk, tile), 8, 1, 168)
+        return Config(min(bq, tile), min(bk, tile), 4, 1)
+    if kernel == "rows":
+        return Config(min(bq, 64), min(bk, 64), min(bq, 64) // (8 if wide else 16), 1)
     if kernel == "forward" and bq == 128:
         return Config(128, min(bk, 64), 8, 2)
     if of_keys:
-        tile = 64 if not wide else 32 if kernel == "keys" or (described and lean) else 16
+        tile = 32
+        if described and not wide:
+            tile = 64
+        elif wide and kernel == "fast" and not (described and lean):
+            tile = 16
         return Config(min(bq, tile), min(bk, 64), min(bk, 64) // 16 * (1 if lean or not wide else 2), 2)
     queries, keys = min(bq, 64), min(bk, 32 if kernel == "queries" and wide and not described else 64)
     limit = 128 if kernel == "forward" and described and lean and not ragged and queries == keys == 64 else None

@@ -54,6 +54,7 @@ def linear_attention(
     Raises:
         ValueError: shapes that do not fit chunk and prefix, an unknown impl, or kernels that cannot do the call.
     """
+    _check_shapes(phi_q, phi_k, v)
     _check(phi_q.shape[-2], phi_k.shape[-2], chunk, prefix, impl)
     chosen = _fastest(phi_q, phi_k, v) if impl == "auto" else impl
     if chosen == "triton":
@@ -128,7 +129,7 @@ def unfit(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> str | None:
 
 
 def _check_fit(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> None:
-    if reason := unfit(phi_q, phi_k, v):
+    if reason := unfit(phi_q, phi_k, v) or dispatch.off_gpu(v):
         raise ValueError(f"impl triton cannot do this linear attention: {reason}; take auto")
 
 
@@ -165,6 +166,14 @@ def _check_segments(
     for x, shape in zip(state, ((*phi_k.shape[:2], phi_k.shape[-1], v.shape[-1]), phi_k[..., 0, :].shape), strict=True):
         if x.shape != shape:
             raise ValueError(f"state should be of shape {list(shape)} here, got {list(x.shape)}")
+
+
+def _check_shapes(phi_q: Tensor, phi_k: Tensor, v: Tensor) -> None:
+    if phi_q.shape[-1] != phi_k.shape[-1] or phi_k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f"phi_q {list(phi_q.shape)} and phi_k {list(phi_k.shape)} should have the same features, phi_k and "
+            f"v {list(v.shape)} the same places"
+        )
 
 
 def _check(n: int, m: int, chunk: int | None, prefix: int, impl: str) -> None:

@@ -35,13 +35,15 @@ Memory = tuple[Tensor, Tensor]  # M [S, heads, states, F, D], z [S, heads, state
 PROGRAMS = 528  # that a sum over all keys is split into, about: four for each multiprocessor of an H200
 SPLIT = 256  # keys of a split at least
 CLASSES = (torch.bfloat16, torch.float16, torch.float32)
-TILES = {  # rows and columns of D of a tile, for up to 64 features and for more: what leaves registers enough on sm_80
+TILES = {  # rows and columns of D of a tile, for up to 64 features and for more, so that nothing spills
     "sum": ((128, 64), (128, 64), (64, 32), (64, 32), (32, 64), (16, 16)),
     "scaled sum": ((64, 32), (64, 32), (64, 32), (64, 32), (32, 64), (16, 16)),
     "delta": ((64, 32), (64, 32), (64, 32), (16, 32), (32, 32), (32, 16)),
+    "delta backward": ((64, 32), (64, 16), (64, 32), (16, 32), (32, 32), (16, 32)),
     "read": ((64, 32), (64, 32), (64, 32), (64, 16), (32, 32), (16, 16)),
-    "backward": ((64, 32), (32, 32), (32, 32), (32, 32), (16, 16), (16, 16)),
-    "delta backward": ((32, 32), (16, 32), (32, 32), (16, 16), (32, 32), (16, 16)),
+    "read backward": ((64, 32), (32, 32), (64, 16), (32, 32), (32, 16), (16, 16)),
+    "keys backward": ((64, 16), (32, 32), (32, 32), (32, 32), (16, 16), (16, 16)),
+    "keys backward of delta": ((32, 32), (16, 32), (32, 32), (16, 16), (32, 32), (16, 16)),
     "within": ((32, 32), (32, 16), (32, 16), (32, 16), (32, 32), (32, 16)),  # as long as a segment, WITHIN, or longer
 }
 SCAN = 1024  # entries of a state that a program adds up
@@ -580,7 +582,7 @@ def _delta_backward(k: Tensor, v: Tensor, states: Memory, d_states: Memory, cut:
     """Gradients of the states, from what reads of each add to them."""
     sequences, heads, rows, features = k.shape
     vec = _vec(k)
-    constants = _constants("delta", cut.size, vec, k, v)
+    constants = _constants("delta backward", cut.size, vec, k, v)
     parts = -(-v.shape[-1] // constants["BLOCK_D"])
     behind = k.new_empty(sequences, heads, cut.ranges, parts, features, dtype=torch.float32)
     d_state, d_total = d_states
@@ -612,7 +614,7 @@ def _read_backward(
     sequences, heads, queries, _ = q.shape
     d_q, (mask_, mask_s) = torch.empty_like(q, memory_format=torch.contiguous_format), _masked(mask, k)
     scale, weight = (q.new_empty(sequences, heads, queries, dtype=torch.float32) for _ in range(2))
-    kernel = "within" if cut.chunk else "backward"
+    kernel = "within" if cut.chunk else "read backward"
     vec = _vec(q, k, v, d_out)
     constants = _constants(kernel, cut.size, vec, k, v, WITHIN=cut.chunk > 0, MASKED=mask is not None)
     tiles = -(-cut.size // constants["BLOCK_N"])
@@ -632,7 +634,7 @@ def _keys_backward(
     d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     mask_, mask_s = _masked(mask, k)
     longest = max(cut.prefix, cut.size if cut.ranges > 1 else 0)
-    kernel = "within" if cut.chunk else "delta backward" if delta else "backward"
+    kernel = "within" if cut.chunk else "keys backward of delta" if delta else "keys backward"
     vec = _vec(q, k, v, d_out)
     constants = _constants(kernel, longest, vec, k, v, WITHIN=cut.chunk > 0, DELTA=delta, MASKED=mask is not None)
     tiles = -(-longest // constants["BLOCK_N"])

@@ -39,7 +39,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, i
         return modulated_norm_reference(x, shift, scale, eps)
     if impl != "triton":
         raise ValueError(f"impl should be auto, reference or triton, got {impl!r}")
-    if reason is not None:
+    if (reason := reason or dispatch.off_gpu(x)) is not None:
         raise ValueError(f"impl triton of modulated_norm cannot do this call: {reason}; take reference")
     from stgen.ops.modulated_norm.library import modulated_norm_op
 

@@ -59,7 +59,7 @@ def norm_rope(
         return (q, k, v) if block is None else (q, k, v, pooled_reference(q, block), pooled_reference(k, block))
     if impl != "triton":
         raise ValueError(f"impl should be auto, reference or triton, got {impl!r}")
-    if reason is not None:
+    if (reason := reason or dispatch.off_gpu(qkv)) is not None:
         raise ValueError(f"impl triton of norm_rope cannot do this call: {reason}; take reference")
     return _by_kernels(qkv, gain_q, gain_k, tables, eps, block)
 

@@ -141,7 +141,7 @@ def unfit(q: Tensor, boxes: Boxes, sink_v: Tensor | None = None) -> str | None:
 def _chosen(impl: str, q: Tensor, why: str | None) -> str:
     if impl not in ("auto", "reference", "triton"):
         raise ValueError(f"impl should be auto, reference or triton, got {impl!r}")
-    if impl == "triton" and why is not None:
+    if impl == "triton" and (why := why or dispatch.off_gpu(q)) is not None:
         raise ValueError(f"impl triton: the kernels of short_attention cannot do this: {why}; take impl: auto")
     if impl == "auto":
         by_kernels = dispatch.by_kernels("short_attention", q, why, _trial, q.shape[3])
