@@ -2,6 +2,7 @@
 
     python benchmarks/ablations.py configs/ablations/{plan,pattern,normaliser,sink,reuse,support}.yaml
 
+`stgen ablate` compares cells with several seeds under equal budgets; this is the first look, one seed and few steps.
 Cells run as processes of one thread each. Finished ones are not run again, so it may be stopped at any time. Results go
 to benchmarks/results/ablations.json: held-out loss, and FLOPs of a step as executed and as dense attention in the same
 layout would cost. --table prints them as Markdown and runs nothing.
@@ -29,7 +30,7 @@ def run(cell: study.Cell, path: Path, folder: Path, steps: int) -> dict:
     summary = folder / "summary.json"
     if not summary.is_file():
         base = path.parent / study.read(path).base
-        change = [f"{cell.key}={json.dumps(cell.value)}"] if cell.key else []
+        change = [f"{key}={json.dumps(value)}" for key, value in cell.changes.items()]
         fixed = [f"run.output_dir={folder}", f"train.max_train_steps={steps}", "log.wandb=disabled"]
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.log").open("w") as log:
@@ -39,7 +40,7 @@ def run(cell: study.Cell, path: Path, folder: Path, steps: int) -> dict:
     found = json.loads(summary.read_text())
     return {
         "key": cell.key,
-        "value": cell.value,
+        "value": cell.value if len(cell.changes) < 2 else dict(cell.changes),
         "held_out_loss": found["loss"]["held_out"],
         "accuracy": found.get("accuracy"),
         "parameters": found["parameters"],
