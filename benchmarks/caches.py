@@ -107,7 +107,8 @@ def main() -> None:
     if args.json:
         machine = {"device": f"{platform.processor() or platform.machine()}, 1 thread", "torch": torch.__version__}
         args.json.write_text(
-            json.dumps({**machine, "run": args.run.resolve().name, "clips": len(prompts), "rows": rows}, indent=1) + "\n"
+            json.dumps({**machine, "run": args.run.resolve().name, "clips": len(prompts), "rows": rows}, indent=1)
+            + "\n"
         )
 
 

@@ -1,18 +1,22 @@
 """From a config to the parts of a run, and from a run folder back to a pipeline."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AllowInfNan, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 from torch import nn
 
 from stgen import checkpoint, codec, schema, text
 from stgen.model import VideoTransformer
 from stgen.objective import Objective
 from stgen.pipeline import VideoPipeline, build_scheduler
+from stgen.saved import SavedError
+from stgen.section import Section
 from stgen.tokens import Grid, grid_of
 
 
@@ -50,21 +54,21 @@ def device_of(cfg: schema.Config) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def build_codec(cfg: schema.Config) -> Any:
-    """The codec's component, not yet fitted."""
+def build_codec(cfg: schema.Config, local: bool = False) -> Any:
+    """The codec's component, not yet fitted; `local` fetches nothing, whatever the config names."""
     match cfg.codec:
         case schema.PatchPCA(patch_size=patch, components=components):
             return codec.PatchPCA(patch, components)
         case schema.PixelCodec():
             return codec.Pixels()
         case schema.AutoencoderCodec(path=path, subfolder=subfolder, dtype=dtype):
-            return codec.load_autoencoder(path, subfolder, dtype)
+            return codec.load_autoencoder(path, subfolder, dtype, local)
 
 
-def build_text(cfg: schema.Config, captions: Sequence[str]) -> tuple[Any, Any, int]:
-    """Text encoder, tokenizer (None for a learned encoder) and width of an embedding."""
+def build_text(cfg: schema.Config, captions: Sequence[str], local: bool = False) -> tuple[Any, Any, int]:
+    """Text encoder, tokenizer (None for a learned encoder) and width of an embedding; `local` fetches nothing."""
     if isinstance(cfg.text, schema.PretrainedText):
-        return text.load_pretrained(cfg.text.path, cfg.text.subfolder)
+        return text.load_pretrained(cfg.text.path, cfg.text.subfolder, local)
     vocabulary = text.vocabulary_of(captions) if cfg.text.kind == "words" else None
     return text.LearnedTextEncoder(vocabulary, cfg.text.width, cfg.text.max_length), None, cfg.text.width
 
@@ -102,14 +106,17 @@ def _transformer(cfg: schema.Config, channels: int, grid: Grid, text_width: int)
         text_width=text_width,
         conditioning=cfg.text.conditioning,
         registers=cfg.model.registers,
+        modulated=cfg.model.modulation == "adaln",
+        norm=cfg.model.norm.model_dump(mode="json"),
+        pruning=cfg.model.pruning.model_dump(mode="json"),
     )
 
 
-def build_parts(cfg: schema.Config, captions: Sequence[str]) -> Parts:
-    """All parts with fresh weights drawn from run.seed; the codec is not yet fitted."""
+def build_parts(cfg: schema.Config, captions: Sequence[str], local: bool = False) -> Parts:
+    """All parts with fresh weights drawn from run.seed; the codec is not yet fitted; `local` fetches nothing."""
     torch.manual_seed(cfg.run.seed)
-    component = build_codec(cfg)
-    text_encoder, tokenizer, text_width = build_text(cfg, captions)
+    component = build_codec(cfg, local)
+    text_encoder, tokenizer, text_width = build_text(cfg, captions, local)
     shape = codec.as_codec(component).latent_shape(cfg.data.num_frames, cfg.data.height, cfg.data.width)
     return Parts(component, text_encoder, tokenizer, build_transformer(cfg, shape, text_width))
 
@@ -145,6 +152,75 @@ def codec_tensors(component: Any) -> dict[str, torch.Tensor]:
     return component.state_dict() if hasattr(component, "fit") else {}
 
 
+class _Progress(Section):
+    total: PositiveInt | None
+    seconds: NonNegativeFloat
+    wandb_id: str | None
+    held_out_loss: Annotated[float, AllowInfNan(True)] | None
+    smooth_loss: float
+    recent: list[NonNegativeFloat]
+    window: list[tuple[float, float]]
+
+
+class _State(Section):
+    """What `state.json` of a checkpoint holds. Whoever wrote it, nothing is read that is not of this form."""
+
+    config: schema.Config
+    vocabulary: list[str]
+    fps: PositiveFloat
+    progress: _Progress | None = None  # this and the next are for a resume
+    files: str | None = None
+    not_finite: dict[str, Any] | None = None  # of a dump: what a run stopped for
+
+
+GROUPS = ("model", "ema", "optimizer", "random", "codec")
+
+
+def read_state(loaded: checkpoint.Loaded, resume: bool = False) -> schema.Config:
+    """The config that a checkpoint was trained under; with `resume` all is there that goes on with a run.
+
+    Raises CheckpointError naming the key, or file, that is not as it should be, as in a checkpoint of another version.
+    """
+    for group in GROUPS if resume else ("model", "ema"):
+        if group not in loaded.tensors:
+            raise checkpoint.CheckpointError(f"{loaded.path / group}.safetensors: missing")
+    try:
+        state = _State.model_validate_json(json.dumps(loaded.state), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise _not_ours(loaded, ".".join(map(str, fault["loc"]))[:120], fault["msg"]) from None
+    for key in ("progress", "files") if resume else ():
+        if getattr(state, key) is None:
+            raise _not_ours(loaded, key, "missing")
+    return state.config
+
+
+def _check_extent(cfg: schema.Config, loaded: checkpoint.Loaded) -> None:
+    """Raise CheckpointError for a config that asks for far more than the files hold, before anything is allocated for it."""
+    width = cfg.text.width if isinstance(cfg.text, schema.LearnedText) else 0
+    words = len(loaded.state["vocabulary"]) if cfg.text.kind == "words" else 0
+    least = {
+        "model": cfg.model.depth * cfg.model.width**2 // 8
+        + words * width,  # of a layer that reuses and leaves out much
+        "codec": cfg.codec.components * math.prod(cfg.codec.patch_size)
+        if isinstance(cfg.codec, schema.PatchPCA)
+        else 0,
+    }
+    for group, asked in least.items():
+        held = sum(tensor.numel() for tensor in loaded.tensors.get(group, {}).values())
+        if held < asked:
+            raise checkpoint.CheckpointError(
+                f"{loaded.path / group}.safetensors: holds {held} numbers; the config in {checkpoint.STATE} asks for {asked} "
+                "and more"
+            )
+
+
+def _not_ours(loaded: checkpoint.Loaded, key: str, fault: str) -> checkpoint.CheckpointError:
+    return checkpoint.CheckpointError(
+        f"{loaded.path / checkpoint.STATE}: {key}: {fault}; was it saved by this version of stgen?"
+    )
+
+
 def load_weights(parts: Parts, tensors: dict[str, torch.Tensor]) -> None:
     """Load weights named `{module}.{path}` as checkpoints hold them.
 
@@ -176,18 +252,24 @@ def load_pipeline(folder: Path, weights: str = "ema") -> VideoPipeline:
         raise BuildError(
             f"{folder} is neither a run folder, nor a checkpoint (manifest.json), nor a saved pipeline (model_index.json)"
         )
-    # A checkpoint carries the config it was trained under; the run folder's may have changed since.
-    cfg = schema.Config.model_validate_json(json.dumps(loaded.state["config"]))
-    parts = build_parts(cfg, loaded.state["vocabulary"])
+    # A checkpoint carries the config it was trained under; the run folder's may have changed since. It may come from
+    # anywhere, so the hub ids in it are looked up on this machine alone.
+    cfg = read_state(loaded)
+    _check_extent(cfg, loaded)
+    parts = build_parts(cfg, loaded.state["vocabulary"], local=True)
     if loaded.tensors.get("codec"):
         checkpoint.load_into(parts.codec, loaded.tensors["codec"], "codec")
     load_weights(parts, {**loaded.tensors["model"], **(loaded.tensors["ema"] if weights == "ema" else {})})
+    for module in parts.trained.values():
+        module.eval()  # as a saved pipeline is when it is loaded: norms use their averages
     return build_pipeline(cfg, parts, loaded.state["fps"])
 
 
 def _saved_pipeline(folder: Path) -> VideoPipeline:
     try:
-        return VideoPipeline.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # of diffusers, in many words
-        reason = str(error).strip().splitlines()[0][:200]
+        return VideoPipeline.from_pretrained(folder)
+    except SavedError:
+        raise
+    except Exception as error:  # diffusers and transformers meet damage in many ways, and in many words
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise BuildError(f"{folder} cannot be loaded; was it saved by this version of stgen? {reason}") from None

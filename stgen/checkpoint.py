@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import signal
+import stat
 import struct
 import threading
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+MAX_JSON = 256 * 2**20  # bytes of a JSON file that is read whole
 log = logging.getLogger(__name__)
 
 
@@ -65,25 +67,44 @@ def save(
     """
     run_dir = Path(run_dir)
     final = run_dir / f"checkpoint-{step}"
-    temporary = run_dir / f".checkpoint-{step}.tmp-{secrets.token_hex(4)}"
-    try:
+    with _draft(final, tensors) as temporary:
         _recover(run_dir)
-        temporary.mkdir(parents=True)
         _write(temporary, step, tensors, state)
         _set_later_aside(run_dir, step)
         _publish(temporary, final)
+    _prune(run_dir, total_limit)
+    return final
+
+
+def dump(folder: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> Path:
+    """Write a checkpoint under another name than checkpoint-N: none that `latest` finds and none that is removed.
+
+    A run starts from it when it is named: `run.resume_from_checkpoint=FOLDER`. Raises CheckpointError as `save` does.
+    """
+    folder = Path(folder)
+    with _draft(folder, tensors) as temporary:
+        _write(temporary, step, tensors, state)
+        _publish(temporary, folder)
+    return folder
+
+
+@contextmanager
+def _draft(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Path]:
+    """A temporary folder beside `final`, gone if writing it fails; what the disk refuses is told with the bytes needed."""
+    temporary = final.with_name(f".{final.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
     except (OSError, SafetensorError) as error:
         needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"cannot write {final}: {error} ({needed} bytes needed, {_free(run_dir)} bytes free); "
+            f"cannot write {final}: {error} ({needed} bytes needed, {_free(final.parent)} bytes free); "
             f"earlier checkpoints are intact"
         ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _prune(run_dir, total_limit)
-    return final
 
 
 def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
@@ -209,6 +230,8 @@ def load(path: str | Path) -> Loaded:
     groups = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
     tensors = {file.stem: _read(file, load_file) for file in groups}
     state = _read(folder / STATE, lambda file: json.loads(file.read_text(encoding="utf-8")))
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / STATE}: holds no JSON object")
     return Loaded(manifest["step"], tensors, state, folder)
 
 
@@ -242,7 +265,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> No
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> None:
-    """Raise one CheckpointError listing every missing, unexpected and misshapen key of `found`."""
+    """Raise one CheckpointError listing every missing, unexpected and misshapen key of `found`, and fractions for counts."""
     faults = [f"{key} is missing" for key in expected if key not in found]
     faults += [f"{key} is unexpected" for key in found if key not in expected]
     faults += [
@@ -250,8 +273,17 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
         for key, tensor in expected.items()
         if key in found and found[key].shape != tensor.shape
     ]
+    faults += [
+        f"{key} has type {_kind(found[key])}, not {_kind(tensor)}"
+        for key, tensor in expected.items()
+        if key in found and found[key].is_floating_point() != tensor.is_floating_point()
+    ]
     if faults:
         raise CheckpointError(f"{name}: this checkpoint holds another architecture: {'; '.join(faults)}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _newest(run_dir: Path) -> Loaded | None:
@@ -286,6 +318,8 @@ def _render(manifest: dict) -> str:
 def _manifest(folder: Path) -> dict:
     """The manifest of a checkpoint folder. Raises CheckpointError unless every byte of it is as written."""
     path = folder / MANIFEST
+    if not stat.S_ISREG(_read(path, lambda file: file.lstat()).st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
     text = _read(path, lambda file: file.read_bytes())
     try:
         manifest = json.loads(text)
@@ -296,26 +330,49 @@ def _manifest(folder: Path) -> dict:
     if not whole:
         raise CheckpointError(f"{path}: not the manifest that was saved")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
-    if any(Path(name).name != name for name in manifest["files"]):
-        raise CheckpointError(f"{path}: names a file outside the checkpoint folder")
+        raise CheckpointError(f"{path}: format {str(manifest.get('format'))[:80]}, this version reads {FORMAT}")
+    _check_entries(path, manifest)
     return manifest
+
+
+def _check_entries(path: Path, manifest: dict) -> None:
+    """A manifest may be anyone's, with its hash in order: the step and the files must be such as `save` writes."""
+    step, files = manifest.get("step"), manifest.get("files")
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise CheckpointError(f"{path}: step {str(step)[:80]!r} is no number of steps")
+    if not isinstance(files, dict) or STATE not in files:
+        raise CheckpointError(f"{path}: names no {STATE}")
+    for name, entry in files.items():
+        if not re.fullmatch(r"state\.json|[\w-]+\.safetensors", name):
+            raise CheckpointError(
+                f"{path}: names {name[:80]!r}, which is outside the checkpoint folder or no file of a checkpoint"
+            )
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("size")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise CheckpointError(f"{path}: {name}: size and sha256 are wanted")
 
 
 def _check_sizes(folder: Path, manifest: dict) -> None:
     for name, entry in manifest["files"].items():
-        size = _read(folder / name, lambda file: file.stat().st_size)
-        if size != entry["size"]:
-            raise CheckpointError(f"{folder / name}: {size} bytes, {entry['size']} were saved")
+        status = _read(folder / name, lambda file: file.lstat())
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would not end, and a link may lead anywhere
+            raise CheckpointError(f"{folder / name}: not a regular file; put the file itself there, not a link")
+        if status.st_size != entry["size"]:
+            raise CheckpointError(f"{folder / name}: {status.st_size} bytes, {entry['size']} were saved")
 
 
 def _read(path: Path, reader):
     """`reader(path)`, its errors as one CheckpointError that names the file."""
     try:
+        if path.suffix == ".json" and path.lstat().st_size > MAX_JSON:
+            raise ValueError(f"larger than {MAX_JSON} bytes")
         return reader(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, MemoryError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
@@ -333,16 +390,19 @@ def random_state() -> dict[str, Tensor]:
 def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
     """Put back what `random_state` gave; CUDA devices that are more or fewer than then are named in one warning.
 
-    Raises CheckpointError if a state is missing.
+    Raises CheckpointError if a state is missing or is none.
     """
     missing = {"torch", "numpy", "python"} - set(tensors)
     if missing:
         raise CheckpointError(f"random states missing: {', '.join(sorted(missing))}")
-    torch.set_rng_state(tensors["torch"])
-    *key, position, has_gauss, gauss = tensors["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, _double(gauss)))
-    version, *words, has_gauss, gauss = tensors["python"].tolist()
-    random.setstate((version, tuple(words), _double(gauss) if has_gauss else None))
+    try:
+        torch.set_rng_state(tensors["torch"])
+        *key, position, has_gauss, gauss = tensors["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, _double(gauss)))
+        version, *words, has_gauss, gauss = tensors["python"].tolist()
+        random.setstate((version, tuple(words), _double(gauss) if has_gauss else None))
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError, struct.error) as error:
+        raise CheckpointError(f"random states: not those of a generator: {error}") from None
     saved = {name for name in tensors if name.startswith("cuda.")}
     present = {f"cuda.{index}" for index in range(torch.cuda.device_count())}
     for name in saved & present:

@@ -14,7 +14,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 Shape = tuple[int, int, int, int]
@@ -226,8 +225,8 @@ def as_codec(component: Any) -> Codec:
     return component if hasattr(component, "latent_shape") else Autoencoder(component)
 
 
-def load_autoencoder(path: str, subfolder: str | None = None, dtype: str = "float32") -> Any:
-    """A diffusers autoencoder from a local folder or a hub id; safetensors only.
+def load_autoencoder(path: str, subfolder: str | None = None, dtype: str = "float32", local: bool = False) -> Any:
+    """A diffusers autoencoder from a local folder or a hub id; safetensors only; `local` fetches nothing.
 
     Raises CodecError when the folder holds none.
     """
@@ -235,12 +234,12 @@ def load_autoencoder(path: str, subfolder: str | None = None, dtype: str = "floa
     if not Path(path).exists() and "/" not in path:
         raise CodecError(f"codec.path: {path} is neither a folder nor a hub id")
     try:
-        config = PatchPCA.load_config(path, subfolder=subfolder)  # of any class
-    except (OSError, ValueError) as error:
+        config = PatchPCA.load_config(path, subfolder=subfolder, local_files_only=local)  # of any class
+    except (OSError, ValueError, RecursionError) as error:
         raise CodecError(
             f"codec.path: no autoencoder at {where} (expected config.json and safetensors): {_first_line(error)}"
         ) from None
-    name = config.get("_class_name", "") if isinstance(config, dict) else ""
+    name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
     if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
         raise CodecError(f"codec.path: {where} holds {name or 'no class name'}, not a diffusers autoencoder")
     try:
@@ -250,8 +249,9 @@ def load_autoencoder(path: str, subfolder: str | None = None, dtype: str = "floa
             torch_dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            local_files_only=local,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged or hostile folder provokes
         raise CodecError(f"codec.path: {where} cannot be loaded: {_first_line(error)}") from None
     if absent := report["missing_keys"]:
         raise CodecError(f"codec.path: {where} lacks {len(absent)} weights of {name}, {absent[0]} among them")

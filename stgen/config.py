@@ -8,9 +8,11 @@ import difflib
 import json
 import os
 import re
+import stat
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from types import NoneType, UnionType
@@ -29,15 +31,19 @@ EXTENDS = "extends"
 TAG = "tag:yaml.org,2002:"  # begins the name of every type that YAML knows
 MAX_DEPTH = 50  # far beyond any real config, well below the limits of Python and of the JSON parser
 MAX_SHOWN = 80  # characters of a value, key or override that a message repeats
+MAX_BYTES = 256 * 1024  # of a file: a hundred times any real config, and read in seconds
+MAX_TOLD = 50  # faults told one by one
 
 _ABSENT = object()
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class ConfigError(Exception):
-    """A config that cannot be used. `errors` holds one line per fault; `str()` joins them."""
+    """A config that cannot be used. `errors` holds one line per fault, up to 50; `str()` joins them."""
 
     def __init__(self, errors: list[str]):
+        if len(errors) > MAX_TOLD:
+            errors = [*errors[:MAX_TOLD], f"config error: … and {len(errors) - MAX_TOLD} more"]
         super().__init__("\n".join(errors))
         self.errors = errors
 
@@ -112,6 +118,7 @@ def _parents(own: Node) -> list[Node]:
 
 def _text(path: Path, extended: str | None) -> str:
     try:
+        _check_file(path, extended)
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -124,6 +131,17 @@ def _text(path: Path, extended: str | None) -> str:
         line = text[: directive.start()].count("\n") + 1
         _refuse("", "YAML directives (lines that begin with %) are not allowed", f"{path}:{line}")
     return text
+
+
+def _check_file(path: Path, extended: str | None) -> None:
+    """Refuse, before it is opened, what would never end (a pipe, a device) or take minutes to read."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(21, "Is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        _refuse(str(path), "not a regular file; a config is read from a file on disk", extended)
+    if status.st_size > MAX_BYTES:
+        _refuse(str(path), f"{status.st_size} bytes; a config has at most {MAX_BYTES}", extended)
 
 
 def _read_override(override: str) -> Node:
@@ -149,7 +167,8 @@ def _parse(text: str, key: str, origin: Callable[[int], str]) -> Node:
         node = _build(composed, (key,) if key else (), origin, errors) if composed else Node(None, origin(1))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        _refuse(key, f"not valid YAML: {error.problem or error.context}", origin(mark.line + 1 if mark else 1))
+        message = f"not valid YAML: {error.problem or error.context}{_remedy(error.problem or '')}"
+        _refuse(key, message, origin(mark.line + 1 if mark else 1))
     except YAMLError as error:
         _refuse(key, f"not valid YAML: {str(error).splitlines()[0]}", origin(1))
     except RecursionError:
@@ -157,6 +176,19 @@ def _parse(text: str, key: str, origin: Callable[[int], str]) -> Node:
     if errors:
         raise ConfigError(errors)
     return node
+
+
+def _remedy(problem: str) -> str:
+    """What to write instead, for the faults of YAML that are made most often."""
+    if r"'\t'" in problem:
+        return "; indent with spaces"
+    if "cannot start any token" in problem:
+        return "; put the value in quotes"
+    if "mapping values are not allowed" in problem:
+        return "; put a value that holds ': ' in quotes, and a nested mapping on lines of its own or in { }"
+    if "did not find expected" in problem or "expected <block end>" in problem:
+        return "; the keys of a mapping begin in one column"
+    return ""
 
 
 def _build(node: Any, path: tuple[str, ...], origin: Callable[[int], str], errors: list[str], line: int = 1) -> Node:
@@ -178,6 +210,8 @@ def _build(node: Any, path: tuple[str, ...], origin: Callable[[int], str], error
     elif isinstance(node, ScalarNode):
         try:
             built.data = _scalar(node)
+        except OverflowError:
+            refuse(f"{_short(node.value)} is beyond 2^63, the largest whole number that is read")
         except ValueError:
             refuse(f"{_short(repr(node.value))} cannot be read as a value of type {node.tag.removeprefix(TAG)}")
     else:
@@ -194,7 +228,7 @@ def _build_mapping(
         if key_node.tag == f"{TAG}merge":
             errors.append(_line(".".join(path), "merge keys (<<) are not allowed; use extends", origin(line)))
         elif (key := _key(key_node)) is None:
-            shown = _short(key_node.value) if isinstance(key_node, ScalarNode) else "a list or mapping"
+            shown = _short(key_node.value) or "none" if isinstance(key_node, ScalarNode) else "a list or mapping"
             message = f"keys are plain or quoted strings, got {shown}"
             errors.append(_line(".".join(path), message, origin(line)))
         elif key in built:
@@ -208,13 +242,16 @@ def _key(node: Any) -> str | None:
     """A mapping's key, if it is a string."""
     try:
         key = _scalar(node) if isinstance(node, ScalarNode) and not node.anchor else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return key if isinstance(key, str) else None
 
 
 def _scalar(node: ScalarNode) -> str | int | float | bool | None:
-    """A scalar by YAML 1.2. Raises ValueError for a tag beside those of JSON and for a text its tag does not fit."""
+    """A scalar by YAML 1.2.
+
+    Raises ValueError for a tag beside those of JSON and for a text its tag does not fit, OverflowError beyond 64 bits.
+    """
     text, digits = node.value, node.value.replace("_", "").lower()
     match node.tag.removeprefix(TAG):
         case "null":
@@ -222,7 +259,9 @@ def _scalar(node: ScalarNode) -> str | int | float | bool | None:
         case "bool":
             return ("false", "true").index(digits) == 1
         case "int":
-            return int(digits, 0 if re.match(r"[-+]?0[xob]", digits) else 10)
+            if len(digits) > 70 or abs(whole := int(digits, 0 if re.match(r"[-+]?0[xob]", digits) else 10)) >= 2**63:
+                raise OverflowError
+            return whole
         case "float":
             return float(re.sub(r"\.(inf|nan)$", r"\1", digits))
         case "str" | "timestamp" | "value" | "merge":  # ruamel's names for texts such as 2024-01-01 and =
@@ -544,14 +583,21 @@ def _unknown(place: Place, root: Place) -> str:
         return f"unknown key for kind {node.data[KIND].data}; it belongs to kind {' or '.join(kinds)}"
     if near := difflib.get_close_matches(leaf, siblings, 1, cutoff=0.65):
         return f"unknown key; did you mean {'.'.join([*parents, *near])}?"
-    elsewhere: dict[str, list[str]] = {}
-    for key in [key for group in _groups(root.field, {}) for key, _ in group.leaves]:
-        elsewhere.setdefault(key.rpartition(".")[2], []).append(key)
+    elsewhere = _by_leaf(root.field.annotation)
     if near := difflib.get_close_matches(leaf, elsewhere, 1, cutoff=0.8):
         keys = dict.fromkeys(elsewhere[near[0]])
         nearest = min(key.count(".") for key in keys)
         return f"unknown key; did you mean {' or '.join(key for key in keys if key.count('.') == nearest)}?"
     return f"unknown key; the keys here are {', '.join(siblings)}"
+
+
+@lru_cache(maxsize=4)
+def _by_leaf(schema: Any) -> dict[str, list[str]]:
+    """The dotted keys of a schema by their last word."""
+    keys: dict[str, list[str]] = {}
+    for key in [key for group in _groups(FieldInfo.from_annotation(schema), {}) for key, _ in group.leaves]:
+        keys.setdefault(key.rpartition(".")[2], []).append(key)
+    return keys
 
 
 def _unknown_kind(kind: Node, field: FieldInfo) -> str:
@@ -568,7 +614,11 @@ def _unknown_kind(kind: Node, field: FieldInfo) -> str:
 
 def _line(key: str, message: str, origin: str | None) -> str:
     """`config error: key: message (origin)`, on one line whatever the parts contain."""
-    text = f"config error: {_short(key) + ': ' if key else ''}{message}{f' ({origin})' if origin else ''}"
+    return one_line(f"config error: {_short(key) + ': ' if key else ''}{message}{f' ({origin})' if origin else ''}")
+
+
+def one_line(text: str) -> str:
+    """A text that a terminal shows on one line, whatever it holds: what moves the cursor or cannot be shown is escaped."""
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 

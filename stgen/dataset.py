@@ -31,6 +31,9 @@ from stgen import video
 FILE_COLUMNS = ("file_name", "video", "path")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 METADATA = ("metadata.jsonl", "metadata.csv")
+MAX_CAPTION = 2**20  # bytes of a sidecar
+MAX_METADATA = 2**31  # bytes of a metadata file
+LEADS_OUT = "is a link that leads out of the folder; its words are not read: put the file itself there"
 REPLACEMENTS = 20  # videos tried in place of one that cannot be read
 
 Key = tuple[int, int]  # (index, epoch)
@@ -131,15 +134,37 @@ def _read_sidecar(root: Path, name: str, found: _Found) -> None:
     sidecar = path.with_name(path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
     if not sidecar.is_file():  # a FIFO called x.txt would never end
         return
+    place = sidecar.relative_to(root).as_posix()
+    if _leads_out(root, sidecar, path):
+        found.rejects.append(Reject(place, LEADS_OUT))
+        return
+    if sidecar.stat().st_size > MAX_CAPTION:
+        found.rejects.append(Reject(place, f"holds more than {MAX_CAPTION} bytes, too many for a caption"))
+        return
     try:
         found.captions[name] = _clean(sidecar.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        found.rejects.append(Reject(sidecar.relative_to(root).as_posix(), f"cannot be read as UTF-8 text: {error}"))
+        found.rejects.append(Reject(place, f"cannot be read as UTF-8 text: {error}"))
+
+
+def _leads_out(root: Path, file: Path, of: Path) -> bool:
+    """Whether a text is a link to somewhere that is neither in the folder nor beside the video, or text, `of` whose it is.
+
+    Captions are learned, logged and passed on: in a folder from elsewhere a link must not make one of a private file.
+    """
+    real = file.resolve()
+    beside = {file.parent.resolve(), of.resolve().parent if of != file else file.parent.resolve()}
+    return not real.is_relative_to(root.resolve()) and real.parent not in beside
 
 
 def _read_metadata(root: Path, name: str, found: _Found) -> None:
     """Add the captions of one metadata file; a row that cannot be used is rejected with its line."""
     known, folder = set(found.videos), os.path.dirname(name)
+    if _leads_out(root, root / name, root / name):
+        found.rejects.append(Reject(name, LEADS_OUT))
+        return
+    if (root / name).stat().st_size > MAX_METADATA:
+        raise DataError(f"{root / name} holds more than {MAX_METADATA} bytes; cut it into one file a folder")
     try:
         for line, row in _rows(root / name, name):
             reason = _use_row(row, f"{name}:{line}", folder, known, found.captions)

@@ -5,6 +5,7 @@ own, so that an outage neither stops nor slows training.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import re
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +27,17 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 START_SECONDS = 15.0  # training waits no longer than this for W&B to start
 INIT_SECONDS = 10.0  # of which the server may take so much before offline is tried
 FINISH_SECONDS = 30.0  # the end of a run waits no longer than this for W&B
+UPLOAD_SECONDS = 20.0  # of which W&B may spend so much on what is not uploaded yet
 QUEUE_LENGTH = 10_000  # calls that may wait for W&B before it is given up
+# What a disk may refuse at any moment: no room, no quota, a limit on files, read-only, no right, broken.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 SECRETS = {"key", "apikey", "token", "auth", "password", "passwd", "passphrase", "secret", "secrets", "credentials"}
 
 log = logging.getLogger(__name__)
+
+
+class LogError(Exception):
+    """metrics.jsonl cannot be written; one sentence with the file, the reason and what to do."""
 
 
 class Logger:
@@ -49,7 +58,7 @@ class Logger:
         project: str = "stgen",
         group: str | None = None,
         name: str | None = None,
-        job_type: Literal["train", "sample", "inspect"] = "train",
+        job_type: Literal["train", "sample", "inspect", "quantise", "ablate"] = "train",
         run_id: str | None = None,
         resume_step: int | None = None,
     ):
@@ -59,7 +68,7 @@ class Logger:
         self._dropped = False
         path = self.run_dir / "metrics.jsonl"
         _keep_lines(path, resume_step)
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")  # so written, JSON reads it back
+        self._lines = _Lines(path)
         self._remote = None
         chosen = _mode(mode)
         if chosen != "disabled":
@@ -93,7 +102,7 @@ class Logger:
             lambda wandb, run: run.log(
                 {
                     "global_step": step,
-                    key: [wandb.Video(str(path), caption=text, format="mp4") for path, text in videos],
+                    key: [wandb.Video(str(path), caption=_caption(text), format="mp4") for path, text in videos],
                 }
             )
         )
@@ -115,16 +124,19 @@ class Logger:
         values = self._plain(values)
         self._call(lambda wandb, run: run.summary.update(values))
 
+    def settle(self) -> None:
+        """Have every line on disk, those too that it refused before. Raises LogError if it still refuses."""
+        self._lines.settle()
+
     def finish(self) -> None:
         """Close the file and W&B; waits at most 30 s for the latter. Nothing can be logged afterwards."""
-        self._file.close()
+        self._lines.close()
         if self._remote:
             self._remote.finish()
 
     def _line(self, step: int, metrics: Mapping[str, Any]) -> None:
         line = {"global_step": step, **{key: value for key, value in metrics.items() if key != "global_step"}}
-        self._file.write(json.dumps(_speakable(line), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps(_speakable(line), ensure_ascii=False, allow_nan=False))
 
     def _call(self, function: Callable[[Any, Any], Any]) -> None:
         if self._remote:
@@ -149,6 +161,58 @@ class Logger:
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
+class _Lines:
+    """A file that lines are added to. Those that the disk refuses wait and are written, whole and in order, with a later
+    one: a disk that is full for a while costs no line and no step."""
+
+    def __init__(self, path: Path):
+        self._path, self._waiting, self._warned = path, [], False
+        self._file = path.open("ab", buffering=0)
+
+    def add(self, line: str) -> None:
+        self._waiting.append(line.encode("utf-8", "backslashreplace") + b"\n")  # so written, JSON reads it back
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                log.warning("%s: %s; its lines wait in memory and are tried again", self._path, error.strerror)
+
+    def settle(self) -> None:
+        """Raises LogError while lines are refused."""
+        try:
+            self._write()
+        except OSError as error:
+            raise LogError(
+                f"{self._path}: {(error.strerror or str(error)).lower()}; {len(self._waiting)} lines could not be written. "
+                "Checkpoints written before are whole: make room and go on with run.resume_from_checkpoint=latest"
+            ) from None
+
+    def close(self) -> None:
+        """Try once more what is waiting, and close the file whether that helps or not."""
+        if self._file.closed:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            log.warning("%s: %s; its last %d lines are lost", self._path, error.strerror, len(self._waiting))
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self) -> None:
+        """Add what is waiting; what a full disk took of a line is taken back, so that no half line stays."""
+        while self._waiting:
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(self._waiting[0]) != len(self._waiting[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._file.fileno(), size)
+                raise
+            self._waiting.pop(0)
+
+
 class _Remote:
     """W&B on its own thread: calls wait in a queue, and the first that fails or a queue that fills up ends it."""
 
@@ -160,7 +224,8 @@ class _Remote:
         self._thread = threading.Thread(target=self._work, args=(mode, init), name="wandb", daemon=True)
         self._thread.start()
         if not self._ready.wait(START_SECONDS):
-            self._give_up(f"it did not start within {START_SECONDS:.0f} s")
+            self.where = "W&B did not start"
+            log.warning("W&B has not started within %.0f s; training goes on, its calls wait", START_SECONDS)
 
     def call(self, function: Callable[[Any, Any], Any] | None) -> None:
         """Have `function(wandb, run)` called when its turn comes; None ends the run."""
@@ -190,7 +255,10 @@ class _Remote:
             self._ready.set()
             while self._alive and (function := self._queue.get()):
                 function(wandb, run)
+            folder, began = run.settings.sync_dir, time.monotonic()
             run.finish()
+            if self._alive and time.monotonic() - began >= UPLOAD_SECONDS:  # W&B itself says nothing of it
+                self.where += f" (not all of it arrived; upload the rest with: wandb sync {folder})"
         except BaseException as error:  # even SystemExit, which must not end the thread unsaid
             self._give_up(_one_line(error))
         finally:
@@ -207,7 +275,12 @@ class _Remote:
 def _start(wandb: Any, mode: str, init: dict[str, Any]) -> Any:
     """A W&B run, offline if online fails."""
     settings = wandb.Settings(
-        console="off", silent=True, save_code=False, disable_code=True, init_timeout=INIT_SECONDS, finish_timeout=20.0
+        console="off",
+        silent=True,
+        save_code=False,
+        disable_code=True,
+        init_timeout=INIT_SECONDS,
+        finish_timeout=UPLOAD_SECONDS,
     )
     try:
         run = wandb.init(mode=mode, settings=settings, **init)
@@ -259,16 +332,31 @@ def _in_netrc() -> bool:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """The config without secrets: values of keys such as `api_key` or `hf_token`, and passwords within URLs."""
-    if value is not None and SECRETS & set(re.split(r"[^a-z]+", key.lower())):
+    """The config without secrets: values of keys such as `api_key` or `hf_token`, passwords and keys within URLs, and the
+    values of environment variables that are named so, wherever they were copied to."""
+    if value is not None and _is_secret(key):
         return "[redacted]"
     if isinstance(value, Mapping):
         return {str(name): redact(inner, str(name)) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [redact(inner) for inner in value]
     if isinstance(value, str | os.PathLike):
-        return re.sub(r"://[^/@\s]+@", "://[redacted]@", str(value))
+        return _redacted(str(value))
     return value
+
+
+def _redacted(text: str) -> str:
+    text = re.sub(r"://[^/@\s]+@", "://[redacted]@", text)
+    text = re.sub(r"(?i)([?&;]([\w-]+)=)[^&;#\s]+", lambda m: m[1] + "[redacted]" if _is_secret(m[2]) else m[0], text)
+    text = re.sub(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}", r"\1 [redacted]", text)
+    for name, own in os.environ.items():
+        if len(own) >= 8 and own in text and _is_secret(name):
+            text = text.replace(own, "[redacted]")
+    return text
+
+
+def _is_secret(name: str) -> bool:
+    return bool(SECRETS & set(re.split(r"[^a-z]+", name.lower())))
 
 
 def _keep_lines(path: Path, last_step: int | None) -> None:
@@ -289,6 +377,12 @@ def _is_kept(line: bytes, last_step: int | None) -> bool:
         return line.endswith(b"\n") and (last_step is None or step <= last_step)
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _caption(text: str) -> str:
+    """A caption as a page can show it: one line of at most 300 characters, without markup or signs that cannot be shown."""
+    shown = "".join(c if c.isprintable() else " " for c in text[:300].replace("<", "‹").replace(">", "›"))
+    return " ".join(shown.split())
 
 
 def _name(key: Any) -> str:

@@ -127,7 +127,9 @@ class VideoPipeline(DiffusionPipeline):
         Raises SavedError where the folder holds or names anything else: it may come from anywhere (stgen/saved.py).
         """
         folder = saved.check(pretrained_model_name_or_path)
-        loaded: Any = super().from_pretrained(folder, **{**options, "use_safetensors": True, "trust_remote_code": False})
+        loaded: Any = super().from_pretrained(
+            folder, **{**options, "use_safetensors": True, "trust_remote_code": False}
+        )
         for name, component in loaded.components.items():
             if isinstance(component, torch.nn.Module) and name not in options:
                 saved.check_weights(folder / name, component.state_dict(), _tied(component))

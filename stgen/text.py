@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 PAD, END = 0, 1
@@ -100,8 +99,8 @@ def encode(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], max_length
         return text_encoder(input_ids=ids, attention_mask=mask)[0].float(), mask.bool()
 
 
-def load_pretrained(path: str, subfolder: str | None = None) -> tuple[Any, Any, int]:
-    """A frozen text encoder, its tokenizer and the width of its embeddings; safetensors only.
+def load_pretrained(path: str, subfolder: str | None = None, local: bool = False) -> tuple[Any, Any, int]:
+    """A frozen text encoder, its tokenizer and the width of its embeddings; safetensors only; `local` fetches nothing.
 
     Raises TextError when the folder holds none: a missing encoder is never replaced by another.
     """
@@ -115,12 +114,13 @@ def load_pretrained(path: str, subfolder: str | None = None) -> tuple[Any, Any, 
         "clip_text_model": "CLIPTextModel",
     }
     where = {"subfolder": subfolder} if subfolder else {}
+    safe = {"trust_remote_code": False, "local_files_only": local}  # left open, code in the folder is asked about
     try:
-        kind = transformers.AutoConfig.from_pretrained(path, **where).model_type
+        kind = transformers.AutoConfig.from_pretrained(path, **where, **safe).model_type
         loader = getattr(transformers, classes.get(kind, "AutoModel"))
-        encoder, report = loader.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
-        tokenizer = _load_tokenizer(transformers, path, where)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        encoder, report = loader.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where, **safe)
+        tokenizer = _load_tokenizer(transformers, path, where, safe)
+    except Exception as error:  # whatever a damaged or hostile folder provokes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextError(f"text.path: no text encoder with tokenizer at {path}: {reason}") from None
     if absent := sorted(report["missing_keys"]):
@@ -135,13 +135,13 @@ def load_pretrained(path: str, subfolder: str | None = None) -> tuple[Any, Any, 
     )
 
 
-def _load_tokenizer(transformers: Any, path: str, where: dict[str, str]) -> Any:
+def _load_tokenizer(transformers: Any, path: str, where: dict[str, str], safe: dict[str, bool]) -> Any:
     """diffusers pipelines keep the tokenizer in a folder of its own; transformers folders hold it beside the weights."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        return transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **safe)
     except (OSError, ValueError):
         folder = Path(path, *where.values())
         # For some models transformers makes up a tokenizer without words where there is none.
         if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "*vocab*", "*.model")):
             raise OSError(f"{folder} holds no tokenizer") from None
-        return transformers.AutoTokenizer.from_pretrained(path, **where)
+        return transformers.AutoTokenizer.from_pretrained(path, **where, **safe)

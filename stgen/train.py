@@ -21,14 +21,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from stgen import build, checkpoint, config, dataset, flops, optim, schedules, schema, source, text, validation
+from stgen import build, checkpoint, config, dataset, finite, flops, optim, schedules, schema, source, text, validation
 from stgen.describe import describe
 from stgen.ema import EMA
-from stgen.logger import Logger
+from stgen.logger import DISK, Logger
 from stgen.objective import Objective
 from stgen.progress import Meter, Progress, steps_of
 from stgen.source import Batch
-from stgen.step import accumulate
+from stgen.step import accumulate, draw
 from stgen.tokens import grid_of
 
 # Keys that may differ on resume without changing what the run computes up to its limit.
@@ -53,7 +53,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
     with _run_folder(run_dir, keep=_goes_on(cfg)), ExitStack() as closing:
         loaded = checkpoint.resolve(run_dir, cfg.run.resume_from_checkpoint)
         if loaded is not None:
-            _check_same_config(cfg, loaded)
+            _check_same_config(cfg, build.read_state(loaded, resume=True), loaded.path)
         (run_dir / "config.yaml").write_text(config.dump(cfg))
         (run_dir / "env.json").write_text(json.dumps(_environment(device), indent=2) + "\n")
 
@@ -110,7 +110,7 @@ def train(cfg: schema.Config) -> dict[str, Any]:
         if loaded is not None:
             tqdm.write(f"resumed from {loaded.path} at step {progress.step}")
 
-        def save() -> Path:
+        def content() -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
             tensors = {
                 "model": nn.ModuleDict(parts.trained).state_dict(),
                 "ema": ema.state_tensors(),
@@ -119,8 +119,35 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 "codec": build.codec_tensors(parts.codec),
             }
             state = {**progress.state(), "vocabulary": vocabulary, "fps": fps, "files": fingerprint(folder)}
-            state["config"] = cfg.model_dump(mode="json")
+            return tensors, {**state, "config": cfg.model_dump(mode="json")}
+
+        def save() -> Path:
+            logger.settle()  # a resume keeps the lines up to its checkpoint, so that they must be on disk first
+            tensors, state = content()
+            finite.refuse_spoiled(
+                {"model": names, "ema": tensors["ema"], "optimizer": tensors["optimizer"]}, progress.step
+            )
             return checkpoint.save(run_dir, progress.step, tensors, state, cfg.checkpoint.total_limit)
+
+        def remembered() -> Iterator[torch.Tensor]:
+            """What a step leaves to the next beside the weights."""
+            yield from ema.state_tensors().values()
+            for moments in optimizer.state.values():
+                yield from (moments[key] for key in optim.MOMENTS)
+
+        def stopped(loss: float, norm: float, batch: Batch) -> finite.NotFinite:
+            tensors, state = content()
+            noise, times, told = draw(cfg, objective, batch, progress.step * cfg.train.train_batch_size)
+            looked_at = {"latents": batch.latents, "noise": noise, "times": times}
+            gradients = {name: weight.grad for name, weight in names.items() if weight.grad is not None}
+            kept = {
+                "batch": looked_at,
+                "model": names,
+                **{group: tensors[group] for group in ("ema", "optimizer", "codec")},
+            }
+            report = {"step": progress.step, "loss": loss, "grad_norm": norm, "files": batch.files, "captions": told}
+            report["spoiled"] = finite.spoiled({**kept, "gradient": gradients})
+            return finite.stop(run_dir, report, {**tensors, "batch": looked_at}, state)
 
         def validate() -> dict[str, float]:
             with ema.applied(), validation.evaluating(parts):
@@ -155,7 +182,8 @@ def train(cfg: schema.Config) -> dict[str, Any]:
                 parts.transformer.at_step(progress.step)
                 loss = accumulate(cfg, forward, parts, objective, batch, progress.step)
                 norm = optim.clip_and_check(names.values(), cfg.optim.max_grad_norm)
-                _refuse_nan(loss, norm, batch, progress.step, run_dir)
+                if not (math.isfinite(loss) and math.isfinite(norm) and finite.whole(remembered())):
+                    raise stopped(loss, norm, batch)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 ema.update(progress.step)
@@ -220,10 +248,16 @@ def _run_folder(run_dir: Path, keep: bool) -> Iterator[None]:
 
     Raises TrainingError when another process trains into it.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise TrainingError(f"run.output_dir: {run_dir} is a file; name a folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = _lock(run_dir)
+    try:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise TrainingError(f"run.output_dir: {run_dir} is a file; name a folder")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(run_dir)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise TrainingError(
+            f"run.output_dir: {run_dir} cannot be made or written to: {reason}; choose another"
+        ) from None
     if not keep and ((run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoint-*"))):
         home = run_dir.resolve()
         aside = next(p for i in itertools.count(1) if not (p := home.with_name(f"{home.name}-old{i}")).exists())
@@ -234,8 +268,20 @@ def _run_folder(run_dir: Path, keep: bool) -> Iterator[None]:
         lock = _lock(home)
     try:
         yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise TrainingError(_told(run_dir, error)) from error
     finally:
         lock.close()
+
+
+def _told(run_dir: Path, error: OSError) -> str:
+    """A disk's refusal as a sentence."""
+    return (
+        f"{error.filename or run_dir}: {(error.strerror or str(error)).lower()}; checkpoints already written to {run_dir} are "
+        "whole: make room, or choose another run.output_dir, and go on with run.resume_from_checkpoint=latest"
+    )
 
 
 def _lock(run_dir: Path) -> IO[str]:
@@ -279,20 +325,20 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
 
 
-def _check_same_config(cfg: schema.Config, loaded: checkpoint.Loaded) -> None:
-    """Raise TrainingError listing every key that shapes the run and differs from the checkpoint's."""
-    changed = [
-        line
-        for line in config.differences(loaded.state["config"], cfg.model_dump(mode="json"))
-        if not line.startswith(FREE_KEYS)
-    ]
+def _check_same_config(cfg: schema.Config, saved: schema.Config, path: Path) -> None:
+    """Raise TrainingError listing every key that shapes the run and differs from that of the checkpoint at `path`.
+
+    Keys that are younger than the checkpoint have their defaults there.
+    """
+    both = (x.model_dump(mode="json") for x in (saved, cfg))
+    changed = [line for line in config.differences(*both) if not line.startswith(FREE_KEYS)]
     limits = [line for line in changed if line.startswith(LIMIT_KEYS)]
     others = [line for line in changed if line not in limits]
     if limits:
         tqdm.write("the run's limit changes, and with it the course of the learning rate: " + "; ".join(limits))
     if others and not cfg.run.allow_changed_config:
         raise TrainingError(
-            f"{loaded.path} was written under another config: {'; '.join(others)} "
+            f"{path} was written under another config: {'; '.join(others)} "
             "(restore these keys, or say run.allow_changed_config=true)"
         )
 
@@ -330,21 +376,6 @@ def learning_rate(cfg: schema.Config, progress: Progress) -> float:
         min_ratio=cfg.optim.lr_min_ratio,
     )
     return cfg.optim.learning_rate * factor
-
-
-def _refuse_nan(loss: float, norm: float, batch: Batch, step: int, run_dir: Path) -> None:
-    """Stop before the update that would spoil the weights, naming the clips."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    dump = run_dir / f"not-finite-step-{step}.json"
-    dump.write_text(
-        json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "files": batch.files}, indent=2)
-    )
-    raise TrainingError(
-        f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update. Clips of the batch: "
-        f"{', '.join(batch.files[:4])}{' …' if len(batch.files) > 4 else ''} (all in {dump}). Go on from an earlier "
-        "checkpoint with a lower optim.learning_rate and run.allow_changed_config=true, or without these clips"
-    )
 
 
 def _progress_bar(progress: Progress) -> tqdm:

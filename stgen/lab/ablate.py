@@ -92,7 +92,7 @@ def _log(results: Results, made: Plan, folder: Path) -> str:
         project=base.log.project,
         group=base.log.group or made.study,
         name=f"{made.study}-summary",
-        job_type="inspect",
+        job_type="ablate",
         run_id=made.wandb,
         resume_step=-1,
     )

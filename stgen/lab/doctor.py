@@ -66,7 +66,8 @@ class Report:
         if not self.can_train:
             return "training cannot run here; see the lines marked FAIL"
         notes = sum(line.state == "note" for line in self.lines)
-        return "training can run here" + (f"; {notes} line{'s say' if notes > 1 else ' says'} what could be better" if notes else "")
+        say = "line says" if notes == 1 else "lines say"
+        return "training can run here" + (f"; {notes} {say} what could be better" if notes else "")
 
 
 def doctor() -> Report:

@@ -218,7 +218,7 @@ def log(args: Namespace, out: Path, runs: Sequence[RunErrors], drawn: Path) -> N
     """Means, a table of them all and the picture to metrics.jsonl and W&B."""
     group = runs[0].name
     logger = Logger(
-        out, vars(args), mode=args.wandb, project="stgen", group=group, name=f"{group}-quantise", job_type="inspect"
+        out, vars(args), mode=args.wandb, project="stgen", group=group, name=f"{group}-quantise", job_type="quantise"
     )
     try:
         rows = []

@@ -266,7 +266,7 @@ class FakeWandb:
         ("offline", {"fail": ["init offline"]}, ["offline"], "disabled", ["is off"]),
         ("offline", {"fail": ["log"]}, ["offline"], "disabled", ["is off"]),
         ("offline", {"fail": ["finish"]}, ["offline"], "disabled", ["is off"]),
-        ("offline", {"hang": ["init offline"]}, ["offline"], "disabled", ["did not start"]),
+        ("offline", {"hang": ["init offline"]}, ["offline"], "disabled", ["has not started", "calls are waiting"]),
         ("offline", {"hang": ["log"]}, ["offline"], "disabled", ["calls are waiting"]),
         ("offline", {"hang": ["finish"]}, ["offline"], "disabled", ["did not finish"]),
         ("offline", {"hang": ["finish", "teardown"]}, ["offline"], "disabled", ["did not finish"]),
