@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fault_runs
 import pytest
 import torch
 from fault_guard import guarded
+from fault_runs import write_videos
 from safetensors.torch import load_file, save_file
 
-from stgen import build, checkpoint, codec, config, schema, shapes, text, video
+from stgen import build, checkpoint, codec, schema, text
 from stgen.build import BuildError, load_pipeline
 from stgen.checkpoint import CheckpointError
 from stgen.codec import PatchPCA
@@ -247,29 +249,16 @@ def test_a_pipeline_is_a_folder_and_nothing_is_fetched(tmp_path, name):
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
-TINY = [
-    "data.num_frames=4", "data.height=16", "data.width=16", "data.held_out_clips=0", "data.dataloader_num_workers=0",
-    "codec.patch_size=[2,8,8]", "codec.components=6", "text.width=16", "model.width=16", "model.depth=1", "model.heads=2",
-    "model.plan=spatial", "train.train_batch_size=2", "train.max_train_steps=2", "optim.lr_warmup_steps=1",
-    "validation.steps=null", "validation.num_inference_steps=1", "validation.prompts=[a red circle]", "log.every=1",
-    "log.wandb=disabled", "checkpoint.total_limit=99",
-]  # fmt: skip
+RUN = ("train.train_batch_size=2", "train.max_train_steps=2", "optim.lr_warmup_steps=1")
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for i in range(3):
-        combo = shapes.ALL[i * 7 % len(shapes.ALL)]
-        video.write(folder / f"{i}.mp4", video.Clip(shapes.render(combo, 4, 16, 16, i), 8.0))
-        (folder / f"{i}.txt").write_text(combo.prompt)
-    return folder
+    return write_videos(tmp_path_factory.mktemp("videos"), 3)
 
 
 def make(home: Path, videos: Path, *overrides: str) -> schema.Config:
-    (home / "empty.yaml").write_text("{}\n")
-    given = [*TINY, f"data.train_data_dir={videos}", f"run.output_dir={home / 'run'}", *overrides]
-    return config.load(home / "empty.yaml", given, schema.Config)
+    return fault_runs.make(home, videos, *RUN, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -10,39 +10,30 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import fault_runs
 import pytest
 import torch
+from fault_runs import write_videos
 from safetensors.torch import load_file
 
-from stgen import checkpoint, config, schema, shapes, video
+from stgen import checkpoint, schema
 from stgen import train as story
 from stgen.finite import NotFinite
 from stgen.train import train
 
-TINY = [
-    "data.num_frames=4", "data.height=16", "data.width=16", "data.held_out_clips=0", "data.dataloader_num_workers=0",
-    "codec.patch_size=[2,8,8]", "codec.components=6", "text.width=16", "model.width=16", "model.depth=1", "model.heads=2",
-    "model.plan=spatial", "train.train_batch_size=4", "train.max_train_steps=5", "optim.lr_warmup_steps=2",
-    "validation.steps=null", "validation.num_inference_steps=1", "validation.prompts=[a red circle]", "log.every=1",
-    "log.wandb=disabled", "checkpoint.steps=3", "checkpoint.total_limit=99",
-]  # fmt: skip
 STEP = 3
+
+
+RUN = ("train.max_train_steps=5", "checkpoint.steps=3")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    for i in range(6):
-        combo = shapes.ALL[i * 7 % len(shapes.ALL)]
-        video.write(folder / f"{i}.mp4", video.Clip(shapes.render(combo, 6, 24, 24, i), 8.0))
-        (folder / f"{i}.txt").write_text(combo.prompt)
-    return folder
+    return write_videos(tmp_path_factory.mktemp("videos"))
 
 
 def make(home: Path, folder: Path, *overrides: str) -> schema.Config:
-    (home / "empty.yaml").write_text("{}\n")
-    given = [*TINY, f"data.train_data_dir={folder}", f"run.output_dir={home / 'run'}", *overrides]
-    return config.load(home / "empty.yaml", given, schema.Config)
+    return fault_runs.make(home, folder, *RUN, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -13,38 +13,27 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fault_runs
 import pytest
+from fault_runs import write_videos
 
-from stgen import checkpoint, config, logger, schema, shapes, video
+from stgen import checkpoint, logger, schema
 from stgen import train as story
 from stgen.logger import LogError, Logger
 from stgen.train import TrainingError, train
 
 ROOT = Path(__file__).parents[2]
-TINY = [
-    "data.num_frames=4", "data.height=16", "data.width=16", "data.held_out_clips=0", "data.dataloader_num_workers=0",
-    "codec.patch_size=[2,8,8]", "codec.components=6", "text.width=16", "model.width=16", "model.depth=1", "model.heads=2",
-    "model.plan=spatial", "train.train_batch_size=4", "train.max_train_steps=6", "optim.lr_warmup_steps=2",
-    "validation.steps=null", "validation.num_inference_steps=1", "validation.prompts=[a red circle]", "log.every=1",
-    "checkpoint.steps=2", "checkpoint.total_limit=99",
-]  # fmt: skip
+STEPS = ("train.max_train_steps=6", "checkpoint.steps=2")
 KEYS = ("global_step", "train/loss", "train/grad_norm", "train/lr")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    for i in range(6):
-        combo = shapes.ALL[i * 7 % len(shapes.ALL)]
-        video.write(folder / f"{i}.mp4", video.Clip(shapes.render(combo, 6, 24, 24, i), 8.0))
-        (folder / f"{i}.txt").write_text(combo.prompt)
-    return folder
+    return write_videos(tmp_path_factory.mktemp("videos"))
 
 
 def make(home: Path, folder: Path, *overrides: str) -> schema.Config:
-    (home / "empty.yaml").write_text("{}\n")
-    given = [*TINY, f"data.train_data_dir={folder}", f"run.output_dir={home / 'run'}", "log.wandb=disabled", *overrides]
-    return config.load(home / "empty.yaml", given, schema.Config)
+    return fault_runs.make(home, folder, *STEPS, *overrides)
 
 
 def rows(run: Path) -> list[tuple]:
@@ -277,10 +266,8 @@ FAULTS = {  # fault: (what is said of W&B at the end, mode, environment)
 def run_under(fault: str, home: Path, folder: Path, wait: dict[str, float]) -> dict:
     """Train in a process under a fault of W&B; how long it waited for it, and what it said."""
     where, mode, given = FAULTS[fault]
-    (home / "empty.yaml").write_text("{}\n")
     (home / "story.py").write_text(RUN)
-    arguments = [str(home / "empty.yaml"), *TINY, f"data.train_data_dir={folder}", f"run.output_dir={home / 'run'}"]
-    arguments.append(f"log.wandb={mode}")
+    arguments = fault_runs.arguments(home, folder, *STEPS, f"log.wandb={mode}")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment = {**clean, "PYTHONPATH": str(ROOT), "HOME": str(home), "NETRC": str(home / "netrc"), **given}
     command = [sys.executable, str(home / "story.py"), fault, json.dumps(wait), json.dumps(arguments)]
