@@ -3,9 +3,9 @@
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from stgen import config, schema
 from stgen.lab import study as studies
@@ -96,15 +96,12 @@ def sample(argv: Sequence[str] | None = None) -> None:
     add("--output", nargs="+", choices=("mp4", "gif", "frames", "sheet"), default=["mp4"], help="what to write: mp4, "
         "gif, a folder of PNG frames, one contact sheet of all clips")  # fmt: skip
     add("--output_dir", type=Path, help="where to write (default: RUN/samples)")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
     add("--batch_size", type=int, default=8, help="clips computed at once")
     add("--cache", nargs="+", metavar=("KIND", "NAME=VALUE"), help="reuse over denoising steps: first_block (threshold), mag "
         "(threshold, max_skip, start), taylorseer (every, start, order), pab (spatial, temporal, cross, from, to), or support "
         "(every: which keys are attended is chosen anew only so often); faster, not the same clips, and first_block and mag "
         "decide for a batch as a whole")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
-        "API key, else offline")  # fmt: skip
+    _add_run_options(add)
     args = parser.parse_args(argv)
     if not args.prompt and args.prompt_file is None:
         parser.error("give --prompt or --prompt_file")
@@ -211,18 +208,8 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         "-inspect behind)")  # fmt: skip
     measured = parser.add_argument_group("of a run")
     add = measured.add_argument
-    add(
-        "--clips",
-        type=_count,
-        default=4,
-        help="clips to measure on: held-out ones of the run's data, else training clips",
-    )
-    add("--times", type=_count, default=5, help="noise levels of each clip, spread evenly over (0, 1)")
-    add("--seed", type=int, default=0, help="chooses clips and noise")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
-        "API key, else offline")  # fmt: skip
+    _add_clip_options(add)
+    _add_run_options(add)
     args = parser.parse_intermixed_args(argv)
     if not args.target.exists():
         sys.exit(_say(f"error: {args.target} is neither a config file nor a run folder; there is no such path", 1))
@@ -253,13 +240,8 @@ def quantise(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders, checkpoint folders or final pipelines")
     add("--output_dir", type=Path, help="where to write (default: quantisation in the first RUN)")
-    add("--clips", type=_count, default=4, help="held-out clips of each run's data, else training clips")
-    add("--times", type=_count, default=5, help="noise levels of each clip, spread evenly over (0, 1)")
-    add("--seed", type=int, default=0, help="chooses clips and noise")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
-        "API key, else offline")  # fmt: skip
+    _add_clip_options(add)
+    _add_run_options(add)
     args = parser.parse_args(argv)
     with _told():
         from stgen.lab.quantisation import quantise as run
@@ -324,6 +306,24 @@ def probe(argv: Sequence[str] | None = None) -> None:
         from stgen.lab.probes import run
 
         run(args.output_dir, args.steps, args.seeds)
+
+
+def _add_clip_options(add: Callable[..., Any]) -> None:
+    add(
+        "--clips",
+        type=_count,
+        default=4,
+        help="clips to measure on: held-out ones of a run's data, else training clips",
+    )
+    add("--times", type=_count, default=5, help="noise levels of each clip, spread evenly over (0, 1)")
+    add("--seed", type=int, default=0, help="chooses clips and noise")
+
+
+def _add_run_options(add: Callable[..., Any]) -> None:
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--wandb", choices=("auto", "online", "offline", "disabled"), default="auto", help="W&B: auto is online with an "
+        "API key, else offline")  # fmt: skip
 
 
 def _count(text: str) -> int:
