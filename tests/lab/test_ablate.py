@@ -221,7 +221,8 @@ def begun(home) -> subprocess.Popen:
     made = ablate.planned(path, *_study(home), plan.Options(home / "new"))
     made.save(home / "out")
     script = (
-        "import sys; from pathlib import Path; from stgen.lab import plan, runner\n"
+        "import signal, sys; from pathlib import Path; from stgen.lab import plan, runner\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it from the start
         f"home = Path({str(home)!r})\n"
         f"options = plan.Options(home / 'out', jobs=2, launcher=f'{{sys.executable}} {{home}}/fake.py {{{{command}}}}')\n"
         "runner.run(plan.recorded(home / 'out', 'study'), options)"
