@@ -110,14 +110,14 @@ def _hooked(pipeline: Any, cache: Cache, steps: int, tally: Tally) -> Iterator[N
     if cache.kind == "support":
         hooks = [(module, _KeptSupport(int(cache["every"]), tally)) for module in _choosing(transformer)]
     elif cache.kind == "pab":
-        _check_layers_are_apart(transformer, cache)
+        _check_layers_are_apart(transformer, cache.kind)
         span = (cache["from"], cache["to"])
         hooks = [
             (module, PyramidAttentionBroadcastHook(span, int(cache[what]), lambda: pipeline.current_timestep))  # type: ignore
             for module, what in _mixing(transformer)
         ]
     else:
-        _check_layers_are_apart(transformer, cache)
+        _check_layers_are_apart(transformer, cache.kind)
         transformer.enable_cache(_config(cache, steps, len(transformer.blocks)))
         try:
             yield
@@ -160,19 +160,19 @@ def _config(cache: Cache, steps: int, depth: int) -> Any:
     )
 
 
-def _check_layers_are_apart(transformer: Any, cache: Cache) -> None:
+def _check_layers_are_apart(transformer: Any, kind: str) -> None:
     """Raise CacheError for models whose layers leave more for later ones than tokens."""
     if len(transformer.blocks) < 2:
-        raise CacheError(f"cache {cache.kind}: a model of one layer has none to skip")
+        raise CacheError(f"cache {kind}: a model of one layer has none to skip")
     if getattr(transformer, "pruner", None) is not None:
         raise CacheError(
-            f"cache {cache.kind}: this model's layers prune tokens or heads for later ones and cannot be skipped"
+            f"cache {kind}: this model's layers prune tokens or heads for later ones and cannot be skipped"
         )
     uses: list[Any] = [getattr(module, "use", None) for module in transformer.modules()]
     lending = [use for use in uses if use is not None and use.lends]
     if lending:
         raise CacheError(
-            f"cache {cache.kind}: layers take {sorted(lending[0].lends)[0]} from layer {lending[0].layer} of this model, so "
+            f"cache {kind}: layers take {sorted(lending[0].lends)[0]} from layer {lending[0].layer} of this model, so "
             "none can be skipped; cache support serves patterns chosen from the data"
         )
 
@@ -247,7 +247,9 @@ def calibrated(transformer: Any) -> Iterator[list[float]]:
     """Measure for mag: by what ratio the sum of all layers' updates grows from one evaluation to the next.
 
     Sample within; the list holds a ratio for each evaluation afterwards, 1 for the first (arXiv:2506.09045, eq. 5).
+    Raises CacheError for a model that mag does not suit.
     """
+    _check_layers_are_apart(transformer, "mag")
     ratios: list[float] = []
     seen: dict[str, Tensor] = {}
 

@@ -386,10 +386,8 @@ class Train(Section):
             k for k in ("max_train_steps", "max_train_seconds", "num_train_epochs") if getattr(self, k) is not None
         ]
         if len(limits) != 1:
-            found = "none is" if not limits else " and ".join(limits) + " are"
-            raise ValueError(
-                f"give exactly one of max_train_steps, max_train_seconds, num_train_epochs ({found} given)"
-            )
+            found = "none is given" if not limits else " and ".join(limits) + " are given; write null to the others"
+            raise ValueError(f"give exactly one of max_train_steps, max_train_seconds, num_train_epochs ({found})")
         if self.train_batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"train_batch_size {self.train_batch_size} is not divisible by "

@@ -406,11 +406,11 @@ def _check_memory(mixer: AttentionMixer, parts: list[Pattern], normaliser: Norma
             )
         return
     if not any(isinstance(part, Causal) for part in parts):
-        other = [part.kind for part in parts if not isinstance(part, Recent)] or ["recent"]
-        raise ValueError(
-            f"memory: ring keeps the frames before one's own, but {other[0]} looks at later ones; write pattern: causal, or "
-            "{all: [causal, ...]}"
-        )
+        other = next((part.kind for part in parts if not isinstance(part, Recent)), None)
+        reason = f"keeps the frames before one's own, but {other} looks at later ones"
+        if other is None:
+            reason = "has sinks and a window of its own, which recent would say a second time"
+        raise ValueError(f"memory: ring {reason}; write pattern: causal, or {{all: [causal, ...]}}")
     if isinstance(normaliser, Linear):
         raise ValueError(
             "memory: linear attention sums over all keys and cannot leave out those that a ring does; write memory: infini, "

@@ -24,6 +24,7 @@ from stgen.lab.plan import Job, Options, Plan, environment, write
 from stgen.lab.study import StudyError
 
 STOP_SECONDS = 60.0  # that runs have to save themselves when the runner is stopped
+TRUST = 0.05  # share of what is left that must be done before its pace corrects the prediction
 REASON_LINES = 5  # of a failed run's log that are told
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -71,6 +72,7 @@ class _Runner:
     def __init__(self, plan: Plan, options: Options, todo: Sequence[Job]):
         self.plan, self.options, self.waiting = plan, options, list(todo)
         self.running: dict[int, _Child] = {}  # by slot
+        self.planned = len(plan.jobs(options.folder, options.only))
         self.failed: list[Job] = []
         guess = Forecast(plan, options.folder)
         self.weights = {job: guess.seconds(job.row) or 1.0 for job in todo}
@@ -137,7 +139,7 @@ class _Runner:
             smoothing=0.0,
             miniters=0,
             mininterval=1.0 if sys.stderr.isatty() else 60.0,
-            bar_format="{desc} |{bar}| {elapsed} gone, {remaining} left{postfix}",
+            bar_format="{desc} |{bar}| {elapsed} gone{postfix}",
         )
 
     def _show(self, bar: tqdm) -> None:
@@ -145,11 +147,19 @@ class _Runner:
         now = [child.job for child in self.running.values()]
         ended = len(self.weights) - len(self.waiting) - len(now)
         left = sum(self.weights[job] * (1 - job.share) for job in (*self.waiting, *now))
-        bar.set_description_str(f"{ended} of {len(self.weights)} runs", refresh=False)
-        told = [f"{job.name} {'measuring' if job.trained else f'{job.share:.0%}'}" for job in now]
+        before = self.planned - len(self.weights)
+        bar.set_description_str(f"{before + ended} of {self.planned} runs", refresh=False)
+        told = [f"{duration(self._seconds_left(bar, left))} left"]
+        told += [f"{job.name} {'measuring' if job.trained else f'{job.share:.0%}'}" for job in now]
         told += ["waiting for a process of an earlier start to end"] * (not now and bool(self.waiting))
         bar.set_postfix_str("; ".join(told), refresh=False)
         bar.update(sum(self.weights.values()) - left - bar.n)
+
+    def _seconds_left(self, bar: tqdm, left: float) -> float:
+        """The prediction of what is left, corrected by how it has held since the start."""
+        done, slots = bar.n - bar.initial, min(self.options.slots, len(self.running) + len(self.waiting)) or 1
+        pace = bar.format_dict["elapsed"] * slots / done if done > TRUST * left else 1.0
+        return left / slots * pace
 
     def _stop(self) -> None:
         """End what still runs, politely at first, so that it saves: it is not done, but has not failed."""

@@ -147,7 +147,10 @@ HAND_MADE: dict[str, tuple[str | bytes, str]] = {  # name: the file after LIMIT 
     "extends a NUL": ('extends: "a\\0b"', r"a\x00b: embedded null byte"),
     "extends a fault": ("extends: faulty.yaml", "model.widht: unknown key; did you mean model.width? (faulty.yaml:2)"),
     # keys that disagree
-    "two limits": (b"train: {max_train_steps: 1, max_train_seconds: 3}", "(max_train_steps and max_train_seconds are given)"),
+    "two limits": (
+        b"train: {max_train_steps: 1, max_train_seconds: 3}",
+        "(max_train_steps and max_train_seconds are given; write null to the others)",
+    ),
     "heads that do not divide": ("model: {width: 64, heads: 7}", "model: width 64 is not divisible by heads 7"),
     "a patch that does not divide": ("data: {height: 50}", "data.height 50 is not divisible by 12 of codec.patch_size"),
     "a sampler of the other path": ("validation: {scheduler: ddim}", "validation.scheduler: ddim does not fit"),
@@ -173,7 +176,7 @@ OVERRIDES = {  # override: what is said
     "tokens.patch_size.0=2": "tokens.patch_size: should be a list of 3 values",
     "model.width=&a 3": "model.width: anchors and aliases",
     "run.output_dir=!!python/name:os.system x": "cannot be read as a value of type python/name:os.system",
-    "train.max_train_seconds=5": "(max_train_steps and max_train_seconds are given)",
+    "train.max_train_seconds=5": "(max_train_steps and max_train_seconds are given; write null to the others)",
     "model.width=1e400": "model.width: should be a whole number greater than 0, got .inf",
     "run.output_dir=\udcff": r"unacceptable character #xdcff: special characters are not allowed",
 }

@@ -171,3 +171,9 @@ def test_from_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.sample([str(tmp_path / "pipeline"), *ask, "--cache", "support"])
     assert "error: cache support: no pattern" in capsys.readouterr().err
+
+
+def test_mag_is_refused_before_anything_is_sampled_for_it():
+    pruned = make(plan="joint", pruning={"tokens": 0.5})
+    with pytest.raises(CacheError, match="cache mag: this model's layers prune"), calibrated(pruned.transformer):
+        pass

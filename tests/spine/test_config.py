@@ -204,7 +204,8 @@ IN_OVERRIDE = {
     ),
     "train.max_train_seconds=5": (
         "train: give exactly one of max_train_steps, max_train_seconds, num_train_epochs "
-        "(max_train_steps and max_train_seconds are given) (x.yaml:1, override train.max_train_seconds=5)"
+        "(max_train_steps and max_train_seconds are given; write null to the others) "
+        "(x.yaml:1, override train.max_train_seconds=5)"
     ),
     "model.depth=" + "9" * 5000: (
         f"model.depth: {'9' * 79}… is beyond 2^63, the largest whole number that is read (override model.depth={'9' * 67}…)"
