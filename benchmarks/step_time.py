@@ -3,7 +3,8 @@
     python benchmarks/step_time.py configs/ablations/{plan,pattern,normaliser,sink,reuse,support}.yaml
 
 Forward and backward of the transformer on random latents, one thread, the config's batch and precision; medians of 7.
-Cells and their base take turns, so that a slow spell of the machine meets both. Writes benchmarks/results/step_time.json.
+Cells and their base take turns, so that a slow spell of the machine meets both. Writes benchmarks/results/step_time.json;
+cells of studies that are not named stay as they were.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cells = {}
+    cells = json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else {}
     for path in args.studies:
         base, *variants = study.load(path, [])
         base_step = Step(base.cfg)
@@ -71,7 +72,7 @@ def main() -> None:
                 f"{path.stem}/{cell.name:<30} {ours * 1e3:7.0f} ms  {ours / theirs:5.2f} of {study.read(path).base}"
             )
     machine = {"device": f"{platform.processor() or platform.machine()}, 1 thread", "torch": torch.__version__}
-    RESULTS.write_text(json.dumps({**machine, "cells": cells}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({**machine, "cells": dict(sorted(cells.items()))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from stgen.attention.selection import causal_outside
 from stgen.build import Parts
 from stgen.flops import readable
 from stgen.mixers.sequences import SequenceMixer
+from stgen.objective import Objective
 from stgen.ops.cost import Work
 from stgen.tokens import Grid, grid_of
 
@@ -76,7 +77,15 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
     layers = [_layer(i, transformer, layer, grid, length) for i, layer in enumerate(cfg.model.layers)]
     unused = sorted(cfg.model.mixers.keys() - set(cfg.model.mixer_names))
     note = [f"not in the plan: mixer {', '.join(unused)}"] if unused else []
-    return "\n".join([describe(cfg, parts, grid, work, device), memory, "plan", *layers, *note])
+    return "\n".join([describe(cfg, parts, grid, work, device), memory, *_streaming(cfg, transformer), "plan", *layers, *note])
+
+
+def _streaming(cfg: schema.Config, transformer) -> list[str]:
+    """Whether videos longer than the clips can be sampled, for models that are meant to; nothing for others."""
+    if cfg.objective.frame_times != "past" and not transformer.remembers:
+        return []
+    reason = Objective(**cfg.objective.model_dump()).stream_refusal() or transformer.refusal()
+    return [f"{'streaming':<12}{f'no: {reason}' if reason else 'yes: sample.py --num_frames takes any length'}"]
 
 
 def _layer(i: int, transformer, layer, grid: Grid, text_tokens: int) -> str:

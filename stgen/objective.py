@@ -89,6 +89,15 @@ class Objective:
         past = int(torch.randint(frames, (), generator=generator))
         return torch.cat([time.new_zeros(past), time.expand(frames - past)])
 
+    def stream_refusal(self) -> str | None:
+        """Why a network trained so cannot go on from clean frames, in one sentence; None where it can."""
+        if self.frame_times != "clip":
+            return None
+        return (
+            "this model knows one noise level for all frames of a clip, but a stream goes on from clean ones; train with "
+            "objective.frame_times: past"
+        )
+
     def model_time(self, t: Tensor) -> Tensor:
         """The number the network is told: 1000 t under flow, the step's index under diffusion."""
         return t * 1000 if self.path == "flow" else self._step(t).to(t.dtype)

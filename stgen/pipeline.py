@@ -257,12 +257,7 @@ class VideoPipeline(DiffusionPipeline):
 
     def stream_refusal(self) -> str | None:
         """Why clips cannot be made chunk by chunk, in one sentence that says what to write; None where they can."""
-        if self.objective.frame_times == "clip":
-            return (
-                "this model knows one noise level for all frames of a clip, but a stream goes on from clean ones; train with "
-                "objective.frame_times: past"
-            )
-        return self.transformer.refusal()
+        return self.objective.stream_refusal() or self.transformer.refusal()
 
     def stream(
         self,

@@ -12,7 +12,6 @@ from typing import Any
 from stgen.lab import report_clips, report_files, report_found, report_plots
 from stgen.lab.report_numbers import (
     NONE,
-    comparable,
     count,
     difference,
     flops_of,
@@ -100,11 +99,6 @@ def _numbers(results: Results, plots: Path) -> Iterator[Block]:
         "such as 1–3 says that the cell is surely neither above nor below those places. Steps may differ where cells spend "
         "the same FLOPs or time."
     )
-    if other := [cell.name for cell in cells if cell not in comparable(results)]:
-        yield Paragraph(
-            f"Not compared by {measure.name}: {several(other)}. It is another quantity under another codec, objective or data, "
-            "or was not measured."
-        )
     for i, one in enumerate(results.comparison.measures if results.comparison else ()):
         path = report_plots.differences(results, one, plots / f"differences-{_slug(one.name)}.png")
         if path and (i == 0 or is_share(one)):

@@ -6,11 +6,13 @@ from stgen.lab.report_numbers import (
     NAMED,
     NONE,
     changes_words,
+    comparable,
     difference,
     interval,
     is_share,
     level,
     listed,
+    main_measure,
     mean,
     minus,
     number,
@@ -36,8 +38,15 @@ def opening(results: Results) -> Iterator[Block]:
     done = sum(run.status == "done" for run in runs)
     seeds = sorted({len(cell.runs) for cell in results.cells})
     each = plural(seeds[0], "seed") + " each" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds each"
-    state = "all runs are measured" if done == len(runs) else f"{done} of {plural(len(runs), 'run')} are measured"
+    state = f"{done} of {plural(len(runs), 'run')} {'is' if done == 1 else 'are'} measured"
+    state = state if done < len(runs) else "all runs are measured" if done > 1 else "its run is measured"
     yield Paragraph(f"{plural(len(results.cells), 'cell')}, {each}; {state}. The base is **{results.cells[0].name}**.")
+    same = comparable(results)
+    if other := [f"**{cell.name}**" for cell in ordered(results) if cell not in same]:
+        yield Paragraph(
+            f"**Not to be compared by {main_measure(results).name}:** {several(other)}. It is another quantity under "
+            "another codec, objective or data, or was not measured."
+        )
 
 
 def found(results: Results) -> Iterator[Block]:
@@ -177,7 +186,8 @@ def varied(results: Results) -> Iterator[Block]:
     used = [i for i in range(4) if i < 2 or any(row[i] != NONE for row in rows)]
     yield Table([header[i] for i in used], [[row[i] for i in used] for row in rows])
     but = " but what the budget chose" if any(cell.solved for cell in results.cells) else ""
-    held = f"Everything else{but} is the base's: data, codec, objective, optimiser, draws of order, noise, times and dropout."
+    held = f"Everything else{but} is the base's"
+    held += ": data, codec, objective, optimiser, draws of order, noise, times and dropout." if results.text else "."
     where = f" (`{results.base}`)" if results.base else ""
     yield Paragraph(f"**Held.** {results.budget.words} {held}{where}".replace("**Held.**  ", "**Held.** "))
     if results.text:

@@ -289,7 +289,8 @@ def test_a_loss_under_another_objective_is_not_compared(tmp_path):
     other = cell("other", -0.2)
     other = Cell("other", {"objective.prediction_type": "sample"}, other.runs)
     report.write(study([cell("base", 0.0), cell("worse", 0.05), other]), tmp_path)
-    assert "Not compared by held-out loss: other." in section(tmp_path, "The numbers")
+    opening = (tmp_path / "report.md").read_text().split("## What was found")[0]
+    assert "**Not to be compared by held-out loss:** **other**. It is another quantity" in opening
     assert "**other**" not in section(tmp_path, "What was found").split("prompts right")[0]
     rows = [line for line in section(tmp_path, "The numbers").splitlines() if line.startswith("| ")]
     assert rows[-1].startswith("| other") and rows[-1].split(" | ")[2:4] == ["–", "–"]
