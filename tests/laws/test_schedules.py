@@ -91,6 +91,7 @@ def opened(model):
         ("learned", {"ratio": FALLING}),
         ("three_way", {"ratio": FALLING, "radius": {"kind": "stairs", "values": [2, 1], "at_steps": [6]}}),
         ("local", {"radius": {"kind": "linear", "start": 3, "end": 1, "steps": 8, "warmup_steps": 2}}),
+        ("global", {"frames": {"kind": "linear", "start": 3, "end": 1, "steps": 8}}),
     ],
 )
 @torch.no_grad()

@@ -2,16 +2,16 @@
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import model_validator
 
-from stgen.attention.pattern import Fixed, Offset3D
+from stgen.attention.pattern import Fixed, Offset3D, WholeNumber
 
 
 class Global(Fixed):
     kind: Literal["global"] = "global"
     """Some tokens attend every key and are attended by every query; in a list with other patterns."""
-    frames: NonNegativeInt = 0
-    """So many first frames are global."""
+    frames: WholeNumber = 0
+    """So many first frames are global; a number or a schedule."""
     tokens: list[Offset3D] = []
     """These tokens are global: [[frame, row, column], ...], counted from 0; a grid may be too small to have one."""
 
