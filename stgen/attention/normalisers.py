@@ -5,6 +5,7 @@ exponential by a product of features phi(q) · phi(k), none of them negative, wh
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -68,15 +69,16 @@ class Polynomial(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ features
 
 
-class Features(nn.Module):
+class Features(nn.Module, ABC):
     """phi(x) >= 0 of queries and keys [S, heads, n, D] after norm and RoPE: [S, heads, n, F] in float32 at least."""
 
     def forward(self, x: Tensor, is_query: bool) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # 16 bits are too few for exponentials and their products
             return self.phi(x.to(torch.promote_types(x.dtype, torch.float32)), is_query)
 
+    @abstractmethod
     def phi(self, x: Tensor, is_query: bool) -> Tensor:
-        raise NotImplementedError
+        """The features of x, in float32 at least."""
 
     def at_step(self, step: int) -> None:
         """Become what training step `step` uses; only random features change over training."""

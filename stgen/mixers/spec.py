@@ -1,5 +1,6 @@
 """Keys of the mixers without an attention map. Loads without torch."""
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -31,9 +32,9 @@ class Sequences(Section):
         return self.layout in ("joint", "temporal") or (self.size is not None and self.size[0] > 1)
 
     @property
+    @abstractmethod
     def sees_future(self) -> bool:
         """Whether a token's output depends on tokens after it."""
-        raise NotImplementedError
 
 
 class TCN(Sequences):

@@ -6,6 +6,7 @@ float32 and in the same order every time on a CPU.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def _not_zero(mass: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- steps of a chunk
 
 
-class _Task:
+class _Task(ABC):
     """Tensors cut into blocks, and the steps that all kinds of weights take with a chunk."""
 
     lowest = -torch.inf  # score of a hidden key
@@ -121,17 +122,17 @@ class _Task:
 
     # ---- what kinds of weights do in their own way
 
+    @abstractmethod
     def attend(self, chunk: Chunk, scores: Tensor, out: Tensor) -> None:
         """Write the rows of `out` [rows, block queries, D]. Takes the memory of the scores."""
-        raise NotImplementedError
 
     def d_sums(self, chunk: Chunk, d_out: Tensor) -> Tensor:
         """Gradient [R, block queries, D] of weights V, from that of all outputs."""
         return d_out[chunk.rows]
 
+    @abstractmethod
     def derive(self, chunk: Chunk, scores: Tensor, d_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and dS of a chunk. Takes the memory of the scores and of their gradient."""
-        raise NotImplementedError
 
     def found(self, out: Tensor) -> tuple[Tensor, ...]:
         """What the backward needs besides q, k and v, once the chunks are through."""
@@ -140,8 +141,9 @@ class _Task:
     def resume(self, d_lse: Tensor | None, found: list[Tensor]) -> None:
         """Take it up, and the gradient of the LSE [rows, block queries]."""
 
-    def lse(self) -> Tensor:
-        raise NotImplementedError
+    def lse(self) -> Tensor | None:
+        """LSE [rows, block queries] of the chunks that are through; None where no one asks for it."""
+        return None
 
     def d_sink(self) -> Tensor | None:
         return None
@@ -203,7 +205,6 @@ class _General(_Task):
         out[rows] = self.cast("sums stats", sums, self.stats).div_(_not_zero(self.mass[rows]))
 
     def lse(self) -> Tensor:
-        """[rows, block queries]"""
         return self.normaliser.log_mass(self.mass, self.level).squeeze(-1)
 
     def found(self, out: Tensor) -> tuple[Tensor, ...]:
@@ -299,7 +300,8 @@ class _Gather(torch.autograd.Function):
             task.attend(chunk, task.scores(chunk, task.load(task.k, chunk)), out)
         ctx.save_for_backward(q, k, v, sink, *task.found(out))
         ctx.options = support, plan, normaliser, with_lse
-        return _joined(plan.unsort(out), q), _joined(plan.unsort(task.lse()), q) if with_lse else None
+        lse = task.lse() if with_lse else None
+        return _joined(plan.unsort(out), q), None if lse is None else _joined(plan.unsort(lse), q)
 
     @staticmethod
     @once_differentiable
