@@ -1,6 +1,6 @@
-"""Speed of a training step: stgen.VideoTransformer against diffusers' LatteTransformer3DModel.
+"""Speed of a training step: stgen.VideoTransformer against the Latte, Wan and CogVideoX transformers of diffusers.
 
-    python benchmarks/train_step.py                                    # all cases in fp32 and bf16, under four minutes
+    python benchmarks/train_step.py                                    # all cases in fp32 and bf16, about eight minutes
     python benchmarks/train_step.py --cases quickstart --dtype bf16 --repeats 30
     python benchmarks/train_step.py --device cuda --compile --json step.json
 
@@ -12,7 +12,7 @@ alike. Two rounds of warm-up are not counted.
 Columns, one row a model:
     ms          median of a step and its quartiles
     tokens/s    video tokens of the batch over the median
-    speed-up    Latte's time over this model's within a round: median over the rounds, and the quartiles
+    over X      X's time over this model's within a round: median over the rounds, and for Latte the quartiles
     GFLOP       operations of the matrix products of a step, counted by PyTorch for both models in the same way
     GFLOP/s     these over the median; `of GEMM` is its fraction of the best plain matrix product measured here
     memory      on CUDA: bytes that a step needs above what is held before it (activations and gradients)
@@ -20,12 +20,16 @@ Columns, one row a model:
 Models:
     latte         num_layers = depth / 2 pairs of a spatial and a temporal layer, sine-cosine positions, cross-attention
                   to the prompt in the spatial layers only, no norm of queries and keys, a residual stream in float32
-    stgen         plan "spatial temporal", the same positions; cross-attention in every layer behind a norm of its own,
-                  and RMS-normed queries and keys: more work than Latte's, as the GFLOP column tells
+    wan           joint attention over all tokens, RoPE, cross-attention in every layer, normed queries and keys, six
+                  modulation vectors a layer from a shared table
+    cogvideox     joint attention over prompt and tokens together, sine-cosine positions, a modulation net in every layer
+    stgen         plan "spatial temporal", sine-cosine positions; cross-attention in every layer behind a norm of its
+                  own, and RMS-normed queries and keys: more work than Latte's, as the GFLOP column tells
     stgen-adaln   what the quickstart trains: learned positions, prompt pooled into the modulation, no cross-attention
+    stgen-joint   plan "joint", RoPE, cross-attention and normed queries and keys: the layers of Wan
 
-Both modulate by adaLN-single with a table for each layer; Latte's carries six vectors from the time alone. Gates that
-start at zero are given noise, so that no product has a zero operand. `speed-up` of `stgen` is the number to quote.
+Gates that start at zero are given noise, so that no product has a zero operand. The numbers to quote are those of `stgen`
+over Latte and of `stgen-joint` over Wan and CogVideoX, which do about the same; the GFLOP column tells how far.
 """
 
 import argparse
@@ -42,7 +46,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import LatteTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, LatteTransformer3DModel, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -109,6 +113,43 @@ def build_latte(case: Case) -> nn.Module:
     )
 
 
+def build_wan(case: Case) -> nn.Module:
+    return WanTransformer3DModel(
+        patch_size=(1, case.patch, case.patch),
+        num_attention_heads=case.heads,
+        attention_head_dim=case.width // case.heads,
+        in_channels=case.channels,
+        out_channels=case.channels,
+        text_dim=TEXT_WIDTH,
+        ffn_dim=4 * case.width,
+        num_layers=case.depth,
+    )
+
+
+class CogVideoX(nn.Module):
+    """Takes frames before channels, as CogVideoX has them."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        t, h, w = case.grid
+        self.model = CogVideoXTransformer3DModel(
+            num_attention_heads=case.heads,
+            attention_head_dim=case.width // case.heads,
+            in_channels=case.channels,
+            out_channels=case.channels,
+            text_embed_dim=TEXT_WIDTH,
+            num_layers=case.depth,
+            sample_height=h * case.patch,
+            sample_width=w * case.patch,
+            sample_frames=4 * (t - 1) + 1,
+            patch_size=case.patch,
+            max_text_seq_length=TEXT_TOKENS,
+        )
+
+    def forward(self, hidden_states: Tensor, **inputs: Any) -> Any:
+        return self.model(hidden_states.movedim(1, 2), **inputs)
+
+
 def build_stgen(case: Case, **options: Any) -> nn.Module:
     return VideoTransformer(
         in_channels=case.channels,
@@ -124,9 +165,13 @@ def build_stgen(case: Case, **options: Any) -> nn.Module:
 
 MODELS: dict[str, Callable[[Case], nn.Module]] = {
     "latte": build_latte,
+    "wan": build_wan,
+    "cogvideox": CogVideoX,
     "stgen": lambda case: build_stgen(case, conditioning="cross", positions="sincos"),
     "stgen-adaln": lambda case: build_stgen(case, conditioning="adaln", positions="learned"),
+    "stgen-joint": lambda case: build_stgen(case, plan="joint", conditioning="cross", positions="rope"),
 }
+PEERS = ("latte", "wan", "cogvideox")
 
 
 def build(name: str, case: Case, device: torch.device) -> nn.Module:
@@ -260,7 +305,9 @@ def measure(name: str, case: Case, dtype: str, peak: float, args: argparse.Names
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "ms": [1e3 * low, 1e3 * median, 1e3 * high],
                 "tokens_per_second": case.tokens / median,
-                "speedup": quartiles([a / b for a, b in zip(seconds["latte"], seconds[key], strict=True)]),
+                "speedup": {
+                    peer: quartiles([a / b for a, b in zip(seconds[peer], seconds[key], strict=True)]) for peer in PEERS
+                },
                 "flops": flops[key],
                 "flops_per_second": flops[key] / median,
                 "of_gemm": flops[key] / median / peak,
@@ -301,16 +348,17 @@ def print_rows(name: str, case: Case, dtype: str, rows: list[dict[str, Any]]) ->
     grid = "x".join(map(str, case.grid))
     print(f"\n{name}, {dtype}: width {case.width}, depth {case.depth}, heads {case.heads}, {grid} x batch {case.batch}")
     print(
-        f"  {'model':<12}{'params':>9}  {'ms (quartiles)':<25}{'tokens/s':>9}  {'speed-up (quartiles)':<22}"
+        f"  {'model':<12}{'params':>9}  {'ms (quartiles)':<25}{'tokens/s':>9}  {'over Latte':<18}{'Wan':<6}{'CogVideoX':<10}"
         f"{'GFLOP':>7}{'GFLOP/s':>9}{'of GEMM':>9}{'memory':>10}"
     )
     for row in rows:
         low, median, high = row["ms"]
-        slow, ratio, fast = row["speedup"]
+        slow, ratio, fast = row["speedup"]["latte"]
+        wan, cogvideox = row["speedup"]["wan"][1], row["speedup"]["cogvideox"][1]
         memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:.0f} MB"
         print(
             f"  {row['model']:<12}{row['parameters'] / 1e6:>7.2f} M  {f'{median:.1f} ({low:.1f}-{high:.1f})':<25}"
-            f"{row['tokens_per_second']:>9.0f}  {f'{ratio:.2f} ({slow:.2f}-{fast:.2f})':<22}"
+            f"{row['tokens_per_second']:>9.0f}  {f'{ratio:.2f} ({slow:.2f}-{fast:.2f})':<18}{wan:<6.2f}{cogvideox:<10.2f}"
             f"{row['flops'] / 1e9:>7.1f}{row['flops_per_second'] / 1e9:>9.1f}{row['of_gemm']:>8.0%} {memory:>10}",
             flush=True,
         )
