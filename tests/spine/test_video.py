@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stgen import video
-from stgen.video import Clip, VideoError
+from stgen.video import Clip, VideoError, streams, writing
 
 
 def moving(frames: int = 40, height: int = 32, width: int = 48, fps: float = 24.0) -> Clip:
@@ -114,9 +114,11 @@ def test_late_reads_seek(tmp_path, monkeypatch, name):
     encode(tmp_path / name, moving(90), codec, options=options)
     whole = video.read(tmp_path / name).frames
     decoded = []
-    convert = video._collect
+    convert = streams.collect
     monkeypatch.setattr(
-        video, "_collect", lambda p, frames, w, c: convert(p, ((decoded.append(n), (n, f))[1] for n, f in frames), w, c)
+        streams,
+        "collect",
+        lambda p, frames, w, c: convert(p, ((decoded.append(n), (n, f))[1] for n, f in frames), w, c),
     )
     assert torch.equal(video.read(tmp_path / name, 80, 3).frames, whole[80:83])
     assert len(decoded) < 40
@@ -237,7 +239,7 @@ def test_broken_files_say_why(tmp_path, fault):
     "name", ["http://127.0.0.1:9/x.mp4", "concat:a.mp4|b.mp4", "pipe:0", "data:video/mp4;base64,AA"]
 )
 def test_only_files_are_opened(name, monkeypatch):
-    monkeypatch.setattr(video.av, "open", lambda *a, **k: pytest.fail("opened"))
+    monkeypatch.setattr(streams.av, "open", lambda *a, **k: pytest.fail("opened"))
     with pytest.raises(VideoError, match="No such file"):
         video.read(name)
 
@@ -286,7 +288,7 @@ def test_failed_writes_leave_nothing(tmp_path, monkeypatch):
         draft.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video, "_write_stream", fail)
+    monkeypatch.setattr(writing, "_write_stream", fail)
     with pytest.raises(VideoError, match="No space left"):
         video.write(tmp_path / "clip.mp4", moving(9))
     assert (tmp_path / "clip.mp4").read_bytes() == before and os.listdir(tmp_path) == ["clip.mp4"]
