@@ -13,6 +13,7 @@ import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -87,12 +88,14 @@ class PatchPCA(ModelMixin, ConfigMixin):
         _check_divisible("the codec's patch of", num_frames=(frames, p), height=(height, q), width=(width, r))
         return (self.config.components, frames // p, height // q, width // r)
 
+    @apply_forward_hook  # offloading brings a part to the GPU when it is called, in whatever way
     def encode(self, frames: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> [B, components, T/p, H/q, W/r]."""
         self.latent_shape(*frames.shape[2:])
         latents = (self._patches(frames.to(self.mean.dtype)) - self.mean) @ self.basis.T / self.scale
         return latents.movedim(-1, 1)
 
+    @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """[B, components, t, h, w] -> [B, 3, t p, h q, w r], not clipped."""
         p, q, r = self.config.patch_size
@@ -138,7 +141,9 @@ class Pixels(ModelMixin, ConfigMixin):
 class Autoencoder:
     """Any diffusers autoencoder; one without 3-D convolutions is taken for an image model and run frame by frame.
 
-    Latents are the posterior's mean, so encoding is fixed, and are normalised as the autoencoder's config says.
+    Latents are the posterior's mean, so encoding is fixed, and are normalised as the autoencoder's config says. Clips are
+    encoded one by one: their latents do not depend, in the last bits, on what else is in the batch, and memory is that of
+    one clip.
     """
 
     def __init__(self, vae: Any):
@@ -153,11 +158,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        frames = frames.to(self.vae.dtype)
+        return torch.cat([self._encode_one(clip) for clip in frames.to(self.vae.dtype).split(1)])
+
+    def _encode_one(self, clip: Tensor) -> Tensor:
+        """[1, 3, T, H, W] -> [1, C, t, h, w]."""
         if not self.video:
-            images = rearrange(frames, "b c t h w -> (b t) c h w")
-            return rearrange(self._normalise(self._mean(images)), "(b t) c h w -> b c t h w", t=frames.shape[2]).float()
-        return self._normalise(self._mean(frames)).float()
+            images = rearrange(clip, "1 c t h w -> t c h w")
+            return rearrange(self._normalise(self._mean(images)), "t c h w -> 1 c t h w").float()
+        return self._normalise(self._mean(clip)).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -200,7 +208,7 @@ class Autoencoder:
             found = self._try(frames)
             if isinstance(found, str):
                 near = (n for d in range(1, 17) for n in (frames - d, frames + d) if n > 0)
-                kept = next((f"; the nearest number it takes is {n}" for n in near if self._keeps(n)), "")
+                kept = next((f"; the nearest number it takes is {n}" for n in near if self.takes(n)), "")
                 raise CodecError(f"{type(self.vae).__name__} cannot take num_frames {frames}: {found}{kept}")
             self._shapes[frames] = found
         return self._shapes[frames]
@@ -216,8 +224,12 @@ class Autoencoder:
             return f"it gives {back} frames back"
         return latents.shape[1], latents.shape[2], side // latents.shape[3]
 
-    def _keeps(self, frames: int) -> bool:
-        return not isinstance(self._try(frames), str)
+    def takes(self, frames: int) -> bool:
+        """Whether clips of so many frames come back as long as they went in."""
+        found = self._shapes.get(frames) or self._try(frames)
+        if not isinstance(found, str):
+            self._shapes[frames] = found
+        return not isinstance(found, str)
 
 
 def as_codec(component: Any) -> Codec:

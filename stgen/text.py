@@ -5,7 +5,7 @@ CLIP come from transformers; they are frozen.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.nn import functional
 
 PAD, END = 0, 1
 _RESERVED = 2
@@ -87,16 +88,53 @@ class LearnedTextEncoder(ModelMixin, ConfigMixin):
 def encode(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], max_length: int = 128) -> tuple[Tensor, Tensor]:
     """Embeddings [B, L, width] and mask [B, L] of prompts, on the encoder's device.
 
-    A learned encoder keeps its gradient and its own length; a pretrained one (tokenizer given) runs without gradient.
+    A learned encoder keeps its gradient and its own length. A pretrained one (tokenizer given) runs without gradient, and
+    prompt by prompt: an embedding does not depend, in the last bits, on its neighbours, so that it can be kept.
     """
     if tokenizer is None:
         ids, mask = (x.to(text_encoder.device) for x in text_encoder.tokenize(prompts))
         return text_encoder(ids, mask), mask
-    length = min(max_length, getattr(text_encoder.config, "max_position_embeddings", max_length))  # CLIP has 77 places
-    batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-    ids, mask = batch.input_ids.to(text_encoder.device), batch.attention_mask.to(text_encoder.device)
-    with torch.no_grad():
-        return text_encoder(input_ids=ids, attention_mask=mask)[0].float(), mask.bool()
+    if isinstance(text_encoder, KnownPrompts):
+        rows = [text_encoder.embedding(prompt) for prompt in prompts]
+    else:
+        rows = [_embedding(text_encoder, tokenizer, prompt, max_length) for prompt in prompts]
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    mask = torch.arange(max(1, int(lengths.max())), device=rows[0].device) < lengths[:, None]  # [B, L]
+    return torch.stack([functional.pad(row, (0, 0, 0, mask.shape[1] - len(row))) for row in rows]), mask
+
+
+@torch.no_grad()
+def _embedding(text_encoder: Any, tokenizer: Any, prompt: str, max_length: int) -> Tensor:
+    """[L, width] of one prompt, its own tokens alone."""
+    tokens = tokenizer([prompt], truncation=True, max_length=longest(text_encoder, max_length), return_tensors="pt")
+    ids, mask = tokens.input_ids.to(text_encoder.device), tokens.attention_mask.to(text_encoder.device)
+    if not ids.numel():  # the empty prompt of a tokenizer without an end token
+        return torch.zeros(0, width_of(text_encoder), device=text_encoder.device)
+    return text_encoder(input_ids=ids, attention_mask=mask)[0][0].float()
+
+
+def longest(text_encoder: Any, max_length: int) -> int:
+    """Tokens kept of a prompt: CLIP has 77 places."""
+    return min(max_length, getattr(text_encoder.config, "max_position_embeddings", max_length))
+
+
+class KnownPrompts(nn.Module):
+    """Stands where a frozen encoder would, and looks the embeddings of known prompts up: [L, width] of each."""
+
+    place: Tensor
+
+    def __init__(self, look_up: Callable[[str], Tensor]):
+        super().__init__()
+        self._look_up = look_up
+        self.register_buffer("place", torch.empty(0), persistent=False)  # its device is where embeddings go
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    def embedding(self, prompt: str) -> Tensor:
+        """[L, width], on the module's device."""
+        return self._look_up(prompt).to(self.device)
 
 
 def load_pretrained(path: str, subfolder: str | None = None, local: bool = False) -> tuple[Any, Any, int]:
@@ -121,18 +159,56 @@ def load_pretrained(path: str, subfolder: str | None = None, local: bool = False
         encoder, report = loader.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where, **safe)
         tokenizer = _load_tokenizer(transformers, path, where, safe)
     except Exception as error:  # whatever a damaged or hostile folder provokes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TextError(f"text.path: no text encoder with tokenizer at {path}: {reason}") from None
+        raise TextError(f"text.path: no text encoder with tokenizer at {path}: {_first_line(error)}") from None
     if absent := sorted(report["missing_keys"]):
         raise TextError(
             f"text.path: {path} lacks {len(absent)} weights of {type(encoder).__name__}, {absent[0]} among them"
         )
     encoder = encoder.requires_grad_(False).eval()
-    return (
-        encoder,
-        tokenizer,
-        encoder.config.hidden_size if hasattr(encoder.config, "hidden_size") else encoder.config.d_model,
-    )
+    return encoder, tokenizer, width_of(encoder)
+
+
+def width_of(encoder: Any) -> int:
+    """Channels of a pretrained encoder's embeddings."""
+    return encoder.config.hidden_size if hasattr(encoder.config, "hidden_size") else encoder.config.d_model
+
+
+def load_tokenizer(path: str, subfolder: str | None = None) -> Any:
+    """The tokenizer of a pretrained text encoder, without the encoder. Raises TextError when there is none."""
+    import transformers
+
+    where, safe = {"subfolder": subfolder} if subfolder else {}, {"trust_remote_code": False, "local_files_only": False}
+    try:
+        return _load_tokenizer(transformers, path, where, safe)
+    except Exception as error:  # whatever a damaged or hostile folder provokes
+        raise TextError(f"text.path: no tokenizer at {path}: {_first_line(error)}") from None
+
+
+def files(path: str, subfolder: str | None = None, local: bool = False) -> list[Path]:
+    """The files on this machine that decide a pretrained encoder's embeddings: weights, configs, words; sorted.
+
+    Raises TextError when there is none, as before a hub id was first loaded.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        config = cached_file(path, "config.json", subfolder=subfolder or "", local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise TextError(f"text.path: no text encoder at {path}: {_first_line(error)}") from None
+    encoder = Path(str(config)).parent
+    tokenizer = (encoder.parent if subfolder else encoder) / "tokenizer"
+    names = (".json", ".safetensors", ".model", ".txt")
+    found = [file for folder in (encoder, tokenizer) if folder.is_dir() for file in sorted(folder.iterdir())]
+    found = [file for file in found if file.suffix in names and file.is_file()]
+    if not any(file.suffix == ".safetensors" for file in found):
+        raise TextError(
+            f"text.path: the weights of {path} are not on this machine; load them once, by stgen data cache"
+        )
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _load_tokenizer(transformers: Any, path: str, where: dict[str, str], safe: dict[str, bool]) -> Any:
