@@ -18,8 +18,8 @@ import signal
 import stat
 import struct
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from stgen import shards
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -55,11 +57,13 @@ class Loaded:
 
 
 def save(
-    run_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, total_limit: int
-) -> Path:
+    run_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, total_limit: int,
+    beside: Callable[[Path], None] = lambda _: None,
+) -> Path:  # fmt: skip
     """Write `run_dir/checkpoint-{step}` and keep the newest `total_limit` checkpoints; returns its folder.
 
     tensors: by group, each of which becomes `{group}.safetensors`; state: anything JSON can hold.
+    beside: called with the temporary folder, to put more safetensors files there (`stgen.saving`).
     A checkpoint of the same step is replaced. One of a later step, left by a run that has since gone back to an earlier
     step, would be taken for the newest: it is renamed to `abandoned-checkpoint-N`.
     Raises CheckpointError (disk full and the like) naming the path, the bytes needed and the bytes free; the temporary
@@ -69,20 +73,25 @@ def save(
     final = run_dir / f"checkpoint-{step}"
     with _draft(final, tensors) as temporary:
         _recover(run_dir)
+        beside(temporary)
         _write(temporary, step, tensors, state)
-        _set_later_aside(run_dir, step)
-        _publish(temporary, final)
+        with _later_aside(run_dir, step):
+            _publish(temporary, final)
     _prune(run_dir, total_limit)
     return final
 
 
-def dump(folder: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> Path:
+def dump(
+    folder: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict,
+    beside: Callable[[Path], None] = lambda _: None,
+) -> Path:  # fmt: skip
     """Write a checkpoint under another name than checkpoint-N: none that `latest` finds and none that is removed.
 
     A run starts from it when it is named: `run.resume_from_checkpoint=FOLDER`. Raises CheckpointError as `save` does.
     """
     folder = Path(folder)
     with _draft(folder, tensors) as temporary:
+        beside(temporary)
         _write(temporary, step, tensors, state)
         _publish(temporary, folder)
     return folder
@@ -108,14 +117,21 @@ def _draft(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator
 
 
 def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
-    """All files of a checkpoint, the manifest last, each flushed to disk."""
+    """All files of a checkpoint, the manifest last, each flushed to disk.
+
+    Safetensors keeps its files to their owner; here they are for whom those are that Python writes.
+    """
     for group, named in tensors.items():
         save_file(_plain(named), folder / f"{group}.safetensors")
     (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(_render({"format": FORMAT, "step": step, "files": files}), encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
+    rights = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
+    for path in folder.iterdir():
+        with suppress(OSError):  # some shared disks know no rights
+            path.chmod(rights)
         _fsync(path)
+    _fsync(folder)
 
 
 def _plain(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,13 +171,23 @@ def _recover(run_dir: Path) -> None:
             _try(aside.rename, final)
 
 
-def _set_later_aside(run_dir: Path, step: int) -> None:
-    """Rename checkpoints of steps after `step` to `abandoned-…`: they belong to a course the run has left."""
-    for path in [path for number, path in _numbered(run_dir).items() if number > step]:
-        aside = run_dir / f"abandoned-{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        log.warning("%s is of a later step than the one being saved (%d): renamed to %s", path, step, aside.name)
-        path.rename(aside)
+@contextmanager
+def _later_aside(run_dir: Path, step: int) -> Iterator[None]:
+    """Within it and after it checkpoints of steps after `step` are called `abandoned-…`: they belong to a course the run has
+    left. If it fails they are what they were, for one of them may be the only whole one."""
+    moved = []
+    try:
+        for path in [path for number, path in _numbered(run_dir).items() if number > step]:
+            aside = run_dir / f"abandoned-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            log.warning("%s is of a later step than the one being saved (%d): renamed to %s", path, step, aside.name)
+            path.rename(aside)
+            moved.append((aside, path))
+        yield
+    except BaseException:
+        for aside, path in moved:
+            _try(aside.rename, path)
+        raise
 
 
 def _prune(run_dir: Path, total_limit: int) -> None:
@@ -228,7 +254,8 @@ def load(path: str | Path) -> Loaded:
         if _read(folder / name, _sha256) != entry["sha256"]:
             raise CheckpointError(f"{folder / name}: content differs from what was saved (SHA-256)")
     groups = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
-    tensors = {file.stem: _read(file, load_file) for file in groups}
+    files = {file.stem: _read(file, load_file) for file in groups}
+    tensors = _read(folder, lambda _: shards.joined(files))
     state = _read(folder / STATE, lambda file: json.loads(file.read_text(encoding="utf-8")))
     if not isinstance(state, dict):
         raise CheckpointError(f"{folder / STATE}: holds no JSON object")
@@ -248,6 +275,8 @@ def resolve(run_dir: str | Path, which: str) -> Loaded | None:
     if which == "latest":
         return _newest(Path(run_dir))
     path = Path(which)
+    if not path.exists():
+        _recover(path.parent)
     if _numbered(path) and not (path / MANIFEST).exists():
         return _newest(path)
     if not path.is_dir():
@@ -390,11 +419,13 @@ def random_state() -> dict[str, Tensor]:
 def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
     """Put back what `random_state` gave; CUDA devices that are more or fewer than then are named in one warning.
 
-    Raises CheckpointError if a state is missing or is none.
+    Raises CheckpointError if a state is missing or is none, or if there is one of something else.
     """
-    missing = {"torch", "numpy", "python"} - set(tensors)
-    if missing:
+    known = {"torch", "numpy", "python"}
+    if missing := known - set(tensors):
         raise CheckpointError(f"random states missing: {', '.join(sorted(missing))}")
+    if odd := [name for name in tensors if name not in known and not re.fullmatch(r"cuda\.\d{1,4}", name)]:
+        raise CheckpointError(f"random states of what has none: {', '.join(name[:80] for name in sorted(odd)[:5])}")
     try:
         torch.set_rng_state(tensors["torch"])
         *key, position, has_gauss, gauss = tensors["numpy"].tolist()

@@ -6,12 +6,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from stgen import shards
 from stgen.checkpoint import check_tensors
 from stgen.optim import named_parameters
 
 
 class EMA:
-    """Float32 averages of the trainable parameters of `modules`; buffers and frozen parameters are not averaged."""
+    """Float32 averages of the trainable parameters of `modules`; buffers and frozen parameters are not averaged.
+
+    Of weights in shards (`stgen.shards`) the averages lie in the same shards.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float):
         self.decay = decay
@@ -45,7 +49,7 @@ class EMA:
         """Put back what `state_tensors` gave. Raises CheckpointError naming every missing, extra or misshapen key."""
         check_tensors(self._shadow, tensors, "ema")
         for name, average in self._shadow.items():
-            average.copy_(tensors[name])
+            average.copy_(shards.like(tensors[name], average))
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:

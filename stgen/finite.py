@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stgen import checkpoint
+from stgen import checkpoint, ranks, shards
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
@@ -21,19 +21,19 @@ class NotFinite(Exception):
 
 
 def whole(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers are finite, in one pass and with one wait for the device."""
-    return math.isfinite(float(nn.utils.get_total_norm([t for t in tensors if t.is_floating_point()])))
+    """Whether all numbers that lie on this rank are finite, in one pass and with one wait for the device."""
+    return math.isfinite(float(nn.utils.get_total_norm([shards.local(t) for t in tensors if t.is_floating_point()])))
 
 
 def spoiled(groups: Groups) -> list[str]:
-    """`group/name` of every tensor that holds NaN or infinity; one pass over all where there is none."""
+    """`group/name` of every tensor that holds NaN or infinity on this rank; one pass over all where there is none."""
     if whole(tensor for named in groups.values() for tensor in named.values()):
         return []
     return [
         f"{group}/{name}"
         for group, named in groups.items()
         for name, tensor in named.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        if tensor.is_floating_point() and not torch.isfinite(shards.local(tensor)).all()
     ]
 
 
@@ -47,7 +47,9 @@ def refuse_spoiled(groups: Groups, step: int) -> None:
         )
 
 
-def stop(run_dir: Path, report: dict[str, Any], tensors: Groups, state: dict[str, Any]) -> NotFinite:
+def stop(
+    run_dir: Path, report: dict[str, Any], tensors: Groups, state: dict[str, Any], dump: Any = checkpoint.dump
+) -> NotFinite:
     """Write what a step was computed from to `not-finite-step-N` and return the error that tells of it.
 
     report: step, loss, grad_norm, files, and the names of what is spoiled. The folder is a checkpoint of the moment before
@@ -59,12 +61,13 @@ def stop(run_dir: Path, report: dict[str, Any], tensors: Groups, state: dict[str
     words = (run_dir / "config.yaml", f"run.resume_from_checkpoint={folder}", f"run.output_dir={run_dir}-again")
     again = shlex.join(["python", "train.py", *map(str, words)])
     try:
-        checkpoint.dump(folder, step, tensors, {**state, "not_finite": report})
+        dump(folder, step, tensors, {**state, "not_finite": report})
         look = f"repeat the step with: {again}"
     except checkpoint.CheckpointError as error:
         look = f"its tensors could not be kept ({error})"
     with suppress(OSError):  # what the run stops for is the number, not the disk
-        (run_dir / f"{folder.name}.json").write_text(json.dumps({**report, "repeat": again}, indent=2) + "\n")
+        if ranks.is_first():
+            (run_dir / f"{folder.name}.json").write_text(json.dumps({**report, "repeat": again}, indent=2) + "\n")
     # What is upstream says more: of a loss that is spoiled all gradients are.
     named = [
         name for name in report["spoiled"] if not name.startswith("gradient/") or math.isfinite(float(report["loss"]))

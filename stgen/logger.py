@@ -47,6 +47,7 @@ class Logger:
     run_id: the W&B id of the run to continue; a new one is drawn if None.
     resume_step: the step of the checkpoint that the run continues from. Lines of later steps are removed, so that the
     file becomes that of an uninterrupted run; hence log all of a step before saving its checkpoint. None keeps all.
+    done: that step was the last. What it logged beside training tells of the end, which the run comes to again: removed too.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Logger:
         job_type: Literal["train", "sample", "inspect", "quantise", "ablate"] = "train",
         run_id: str | None = None,
         resume_step: int | None = None,
+        done: bool = False,
     ):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.run_id = run_id or secrets.token_hex(4)
         self._dropped = False
         path = self.run_dir / "metrics.jsonl"
-        _keep_lines(path, resume_step)
+        _keep_lines(path, resume_step, done)
         self._lines = _Lines(path)
         self._remote = None
         chosen = _mode(mode)
@@ -359,22 +361,25 @@ def _is_secret(name: str) -> bool:
     return bool(SECRETS & set(re.split(r"[^a-z]+", name.lower())))
 
 
-def _keep_lines(path: Path, last_step: int | None) -> None:
-    """Remove lines of steps after `last_step`, and what a kill left half-written, in one atomic rewrite."""
+def _keep_lines(path: Path, last_step: int | None, done: bool) -> None:
+    """Remove lines of steps after `last_step`, of it too what tells of the end if it was the last, and what a kill left
+    half-written, in one atomic rewrite."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _is_kept(line, last_step)]
+    kept = [line for line in lines if _is_kept(line, last_step, done)]
     if kept != lines:
         temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(path)
 
 
-def _is_kept(line: bytes, last_step: int | None) -> bool:
+def _is_kept(line: bytes, last_step: int | None, done: bool) -> bool:
     try:
-        step = json.loads(line)["global_step"]
-        return line.endswith(b"\n") and (last_step is None or step <= last_step)
+        metrics = json.loads(line)
+        step = metrics["global_step"]
+        of_the_end = done and step == last_step and "train/loss" not in metrics
+        return line.endswith(b"\n") and (last_step is None or step <= last_step) and not of_the_end
     except (ValueError, KeyError, TypeError):
         return False
 

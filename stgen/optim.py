@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from stgen import schema
+from stgen import schema, shards
 from stgen.checkpoint import check_tensors
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -61,18 +61,19 @@ def load_state_tensors(
     )
     for name, state in fresh.items():
         for key, tensor in state.items():
-            tensor.copy_(tensors[f"{name}.{key}"])
+            tensor.copy_(shards.like(tensors[f"{name}.{key}"], tensor))
         optimizer.state[names[name]] = state
 
 
 def clip_and_check(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradients so that their joint norm is at most `max_norm`; returns the norm before that.
+    """Scale the gradients so that their joint norm, over all ranks, is at most `max_norm`; returns the norm before that.
 
     If the norm is not finite, the gradients are left as they are, and the caller must not make the step.
     """
     parameters = list(parameters)
     # The two halves of torch.nn.utils.clip_grad_norm_, taken apart: that one would scale by a NaN.
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = shards.whole(norm)
     value = float(norm)
     if math.isfinite(value):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

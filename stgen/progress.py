@@ -1,20 +1,20 @@
 """Where a run stands and how fast it goes."""
 
-import math
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from stgen import checkpoint, schema
+from stgen import checkpoint, samplers, schema
 
 SPEED_STEPS = 50  # a run limited in seconds fixes its number of steps from the speed of this many
 
 
-def steps_of(cfg: schema.Config, videos: int) -> int | None:
+def steps_of(cfg: schema.Config, sampler: samplers.Sampler) -> int | None:
     """Optimiser steps of the run; None until a run limited in seconds has measured its speed."""
     if cfg.train.num_train_epochs is not None:
-        return max(1, math.ceil(cfg.train.num_train_epochs * videos / cfg.train.train_batch_size))
+        return sampler.steps_of(cfg.train.num_train_epochs)
     return cfg.train.max_train_steps
 
 
@@ -81,32 +81,44 @@ class Progress:
         typical = sorted(self._recent)[len(self._recent) // 2]
         return self.step + max(0, int((budget - self.seconds) / typical))
 
-    def window_metrics(self, rate: float, batch: int, videos: int) -> dict[str, float]:
+    def window_metrics(self, rate: float, sampler: samplers.Sampler) -> dict[str, float]:
         """Means since the last call, and how much has been seen."""
         window, self._window = self._window, []
         loss, norm = (sum(values) / len(window) for values in zip(*window, strict=True))
-        seen = self.step * batch
+        seen = sampler.seen(self.step)
         return {
             "train/loss": loss,
             "train/grad_norm": norm,
             "train/lr": rate,
             "train/samples_seen": seen,
-            "train/epoch": seen / videos,
+            "train/epoch": seen / sampler.clips_per_epoch,
         }
 
 
-class Meter:
-    """Seconds of a step by what they were spent on, and the rates that follow."""
+class Load(NamedTuple):
+    """What a step computes."""
 
-    def __init__(self, cfg: schema.Config, tokens: int, step_flops: int, device: torch.device):
-        self.clips, self.tokens, self.flops = cfg.train.train_batch_size, tokens, step_flops
+    clips: int
+    tokens: int
+    flops: int
+
+
+class Meter:
+    """Seconds of a step by what they were spent on, and the rates that follow.
+
+    loads: what a step computes, by the number of the bucket that its clips are from.
+    """
+
+    def __init__(self, loads: Sequence[Load], device: torch.device):
+        self._loads, self._done = loads, Load(0, 0, 0)
         self.cuda = device.type == "cuda"
         self._split = {"data": 0.0, "step": 0.0}
         self._steps, self.seconds = 0, 0.0
 
-    def start(self) -> None:
+    def start(self, bucket: int) -> None:
         self._mark, self.seconds = time.perf_counter(), 0.0
         self._steps += 1
+        self._done = Load(*(done + more for done, more in zip(self._done, self._loads[bucket], strict=True)))
 
     def lap(self, name: str) -> None:
         """Book the time since the last mark under `name`."""
@@ -121,13 +133,14 @@ class Meter:
         """Rates since the last call."""
         data, step, steps = self._split["data"], self._split["step"], self._steps
         seconds = (data + step) / steps
-        self._split, self._steps = {"data": 0.0, "step": 0.0}, 0
+        clips, tokens, flops = (done / steps for done in self._done)
+        self._split, self._steps, self._done = {"data": 0.0, "step": 0.0}, 0, Load(0, 0, 0)
         memory = {"perf/peak_mem_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
         return memory | {
             "perf/step_time_s": seconds,
             "perf/data_wait_s": data / steps,
-            "perf/samples_per_s": self.clips / seconds,
-            "perf/tokens_per_s": self.clips * self.tokens / seconds,
-            "perf/tflops": self.flops / seconds / 1e12,
+            "perf/samples_per_s": clips / seconds,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/tflops": flops / seconds / 1e12,
             "data/rejects": rejected,
         }

@@ -1,12 +1,14 @@
 """One optimiser step: draws keyed by seed and sample, losses, and their gradients."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stgen import build, schema, text
+from stgen import build, ranks, schema, text
 from stgen.objective import Objective
 from stgen.source import Batch
 
@@ -45,15 +47,32 @@ def losses(
     return objective.loss(output, batch.latents, noise, t)
 
 
+def drawn(
+    cfg: schema.Config, objective: Objective, batch: Batch, step: int
+) -> Iterator[tuple[Batch, Tensor, Tensor, list[str]]]:
+    """The parts of a batch with their draws; of each part of the whole batch every rank has an equal share, in order."""
+    first = step * cfg.train.train_batch_size if batch.first is None else batch.first
+    for part in batch.parts(cfg.train.gradient_accumulation_steps):
+        count = len(part.captions)
+        yield part, *draw(cfg, objective, part, first + ranks.rank() * count)
+        first += ranks.size() * count
+
+
 def accumulate(
     cfg: schema.Config, forward: Any, parts: build.Parts, objective: Objective, batch: Batch, step: int
 ) -> float:
-    """Gradients of the mean loss over the batch, computed in equal parts; returns that loss."""
-    total, first = 0.0, step * cfg.train.train_batch_size
-    for part in batch.parts(cfg.train.gradient_accumulation_steps):
-        noise, t, captions = draw(cfg, objective, part, first)
-        loss = losses(cfg, forward, parts, objective, part, noise, t, captions).sum() / len(batch.captions)
-        loss.backward()
+    """Gradients of the mean loss over the batch, computed in equal parts; returns that loss.
+
+    Of several ranks each is given its share of the batch; the loss is that of the share, the gradients are those of all.
+    """
+    total, done = 0.0, 0
+    for part, noise, t, captions in drawn(cfg, objective, batch, step):
+        done += len(part.captions)
+        with ExitStack() as alone:
+            if done < len(batch.captions):  # DDP sums over the ranks once, with the last part
+                for module in (forward, parts.text_encoder):
+                    alone.enter_context(module.no_sync()) if hasattr(module, "no_sync") else None
+            loss = losses(cfg, forward, parts, objective, part, noise, t, captions).sum() / len(batch.captions)
+            loss.backward()
         total += float(loss.detach())
-        first += len(part.captions)
     return total

@@ -12,29 +12,51 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from stgen import build, checkpoint, config, dataset, finite, flops, optim, schedules, schema, source, text, validation
+from stgen import (
+    buckets,
+    build,
+    checkpoint,
+    config,
+    dataset,
+    finite,
+    flops,
+    latent_cache,
+    lora,
+    optim,
+    parallel,
+    preflight,
+    ranks,
+    saving,
+    schedules,
+    schema,
+    shards,
+    source,
+    text,
+    validation,
+)
 from stgen.describe import describe
 from stgen.ema import EMA
 from stgen.logger import DISK, Logger
 from stgen.objective import Objective
 from stgen.progress import Meter, Progress, steps_of
 from stgen.source import Batch
-from stgen.step import accumulate, draw
+from stgen.step import accumulate, drawn
 from stgen.tokens import grid_of
 
 # Keys that may differ on resume without changing what the run computes up to its limit.
 FREE_KEYS = (
     "run.output_dir", "run.resume_from_checkpoint", "run.allow_changed_config", "run.device",
-    "log.", "checkpoint.", "validation.", "data.dataloader_num_workers", "data.decode_timeout",
+    "log.", "checkpoint.", "validation.", "distributed.", "data.dataloader_num_workers", "data.decode_timeout",
+    "data.cache_dir", "data.huggingface.folder",
 )  # fmt: skip
 LIMIT_KEYS = ("train.max_train_steps", "train.max_train_seconds", "train.num_train_epochs")
 
@@ -44,199 +66,338 @@ class TrainingError(Exception):
 
 
 def train(cfg: schema.Config) -> dict[str, Any]:
-    """Train as the config says and return the run's summary (also written to summary.json)."""
+    """Train as the config says and return the run's summary (also written to summary.json).
+
+    Under torchrun every rank calls it, and does its share; the first one writes and speaks.
+    """
     began = time.monotonic()
-
-    # ------------------------------------------------------------------------------------------ the run folder
     device = build.device_of(cfg)
-    run_dir = cfg.output_dir
-    with _run_folder(run_dir, keep=_goes_on(cfg)), ExitStack() as closing:
-        loaded = checkpoint.resolve(run_dir, cfg.run.resume_from_checkpoint)
-        if loaded is not None:
-            _check_same_config(cfg, build.read_state(loaded, resume=True), loaded.path)
-        (run_dir / "config.yaml").write_text(config.dump(cfg))
-        (run_dir / "env.json").write_text(json.dumps(_environment(device), indent=2) + "\n")
+    with ranks.together(device, cfg.distributed.timeout), ExitStack() as closing:
+        ranks.check_same(_identity(cfg))
+        parallel.check_batch(cfg)
+        ranks.in_turn(lambda: closing.enter_context(_run_folder(cfg.output_dir, keep=_goes_on(cfg))))
+        run = Run(cfg, device, closing)
+        run.tell()
+        run.check_memory()
+        signal = loop(run)
+        if signal is None:
+            return finish(run, began)
+        ranks.say(
+            f"stopped by {signal} at step {run.progress.step}; everything is saved in {run.last}\n"
+            f"continue with the same command and run.resume_from_checkpoint=latest"
+        )
+        return {"steps": run.progress.step, "stopped": signal}
 
-        # -------------------------------------------------------------------------------------- data and parts
+
+# ------------------------------------------------------------------------------------------ what a run is made of
+
+
+class Run:
+    """Data, parts, optimiser and averages of a run, as its config or its checkpoint says, and what is done with all of them.
+
+    Each rank has one. Unless said otherwise all must call a method at once.
+    """
+
+    def __init__(self, cfg: schema.Config, device: torch.device, closing: ExitStack):
+        self.cfg, self.device, self.dir = cfg, device, cfg.output_dir
+        self.loaded = saving.resolve(self.dir, cfg.run.resume_from_checkpoint)
+        if self.loaded is not None:
+            _check_same_config(cfg, build.read_state(self.loaded, resume=True), self.loaded.path)
+        if ranks.is_first():
+            (self.dir / "config.yaml").write_text(config.dump(cfg))
+            (self.dir / "env.json").write_text(json.dumps(_environment(device), indent=2) + "\n")
         seed_everything(cfg.run.seed)
-        folder, split = source.open_folder(cfg, run_dir)
-        _check_same_folder(cfg, folder, loaded)
-        dataset.write_rejects(run_dir / "rejects.jsonl", folder.rejects)
-        train_ids, held_ids = dataset.split(len(folder), cfg.data.held_out_clips, cfg.run.seed)
-        captions = [folder.samples[i].caption for i in train_ids]
-        vocabulary = text.vocabulary_of(captions) if loaded is None else loaded.state["vocabulary"]
-        parts = build.build_parts(cfg, vocabulary).to(device)
-        source.fit_or_load_codec(cfg, parts.codec, folder, train_ids, loaded)
-        clips = source.Source(cfg, folder, train_ids, parts.codec, device, run_dir)
-        held_out = Batch.read(folder.within(held_ids), held_ids, parts.codec, device) if held_ids else None
-        fps = cfg.data.fps or folder.samples[0].info.fps
+        self._open_data()
+        self._build()
+        if self.loaded is not None:
+            self._go_on(self.loaded)
+            self.loaded = replace(self.loaded, tensors={})  # they are as much again as the run's own
+        self._open_logger(closing)
+        self.saved = self.progress.step if self.loaded is not None else None  # the step of the last checkpoint
+        self.meter = Meter(self.loads, device)
 
-        # -------------------------------------------------------------------------------- optimiser, EMA, resume
-        objective = Objective(**cfg.objective.model_dump())
-        names = optim.named_parameters(parts.trained)
-        optimizer = optim.build(parts.trained, cfg.optim)
-        ema = EMA(parts.trained, cfg.ema.decay)
-        progress = Progress(total=steps_of(cfg, len(train_ids)))
-        if loaded is not None:
-            build.load_weights(parts, loaded.tensors["model"])
-            ema.load_state_tensors(loaded.tensors["ema"])
-            optim.load_state_tensors(optimizer, names, loaded.tensors["optimizer"])
-            checkpoint.restore_random_state(loaded.tensors["random"])
-            progress = Progress.resumed(loaded, progress.total, cfg)
-            if not _goes_on(cfg):
-                progress.wandb_id = None
-        logger = Logger(
-            run_dir,
+    def _open_data(self) -> None:
+        """The folder, its split, and the words that a learned text encoder will know."""
+        cfg = self.cfg
+        self.folder, self.split = ranks.in_turn(lambda: source.open_folder(cfg, self.dir))
+        ranks.check_same({"the number of usable videos": len(self.folder), "their names": fingerprint(self.folder)})
+        _check_same_folder(cfg, self.folder, self.loaded)
+        if ranks.is_first():
+            dataset.write_rejects(self.dir / "rejects.jsonl", self.folder.rejects)
+        self.train_ids, self.held_ids = self.folder.split(cfg.data.held_out_clips)
+        self.captions = [self.folder.samples[i].caption for i in self.train_ids]
+        known = None if self.loaded is None else self.loaded.state["vocabulary"]
+        self.vocabulary = text.vocabulary_of(self.captions) if known is None else known
+        self.fps = self.folder.rate
+        self.prompts = validation.prompts_of(cfg, self.captions, self.split)
+
+    def _build(self) -> None:
+        """Parts on their ranks, the clips as they see them, optimiser and averages, and what a step costs."""
+        cfg = self.cfg
+        known = latent_cache.open_text(cfg, self.folder, self.split)
+        self.parts = build.build_parts(cfg, self.vocabulary, known=known)
+        self.vocabulary = build.vocabulary_of(self.parts, self.vocabulary)
+        if self.loaded is not None:
+            build.load_weights(self.parts, self.loaded.tensors["model"])
+        if cfg.train.compile:
+            self.parts.transformer.compile_repeated_blocks()  # layers of one kind share what is compiled
+        self.spread = parallel.spread_of(cfg, self.parts, self.device)
+        parallel.place(self.spread, self.parts, self.device)
+        codec = self.parts.codec
+        if ranks.is_first():
+            source.fit_or_load_codec(cfg, codec, self.folder, self.train_ids, self.loaded)
+        ranks.broadcast(build.codec_tensors(codec))
+        self.clips = source.Source(cfg, self.folder, self.train_ids, codec, self.device, self.dir)
+        apart = self.folder.within(self.held_ids)
+        self.held_out = Batch.of_sizes(apart, self.held_ids, codec, self.device, self.clips.disk)
+        self.objective = Objective(**cfg.objective.model_dump())
+        self.names = optim.named_parameters(self.parts.trained)
+        self.optimizer = optim.build(self.parts.trained, cfg.optim)
+        self.ema = EMA(self.parts.trained, cfg.ema.decay)
+        self.progress = Progress(total=steps_of(cfg, self.clips.sampler))
+        self.pipeline = build.build_pipeline(cfg, self.parts, self.fps)
+        self.learner = parallel.Learner(self.spread, self.parts)
+        self.grid = grid_of(tuple(self.clips.latent_shape[1:]), cfg.tokens.patch_size)
+        encoded = text.encode(self.parts.text_encoder, self.parts.tokenizer, self.captions[:1], cfg.text.max_length)
+        works = buckets.works(cfg, self.parts.transformer, self.clips.buckets, encoded[1].shape[1])
+        self.work = buckets.mean_work(works, self.clips.sampler.shares)
+        self.loads = buckets.loads(self.clips.buckets, works)
+
+    def _go_on(self, loaded: checkpoint.Loaded) -> None:
+        """Averages, moments and place of a checkpoint, the weights of which are loaded."""
+        self.ema.load_state_tensors(loaded.tensors["ema"])
+        optim.load_state_tensors(self.optimizer, self.names, loaded.tensors["optimizer"])
+        checkpoint.restore_random_state(loaded.tensors["random"])
+        self.progress = Progress.resumed(loaded, self.progress.total, self.cfg)
+        if not _goes_on(self.cfg):
+            self.progress.wandb_id = None
+
+    def _open_logger(self, closing: ExitStack) -> None:
+        cfg, progress = self.cfg, self.progress
+        if not ranks.is_first():
+            self.logger: Any = _Quiet()
+            return
+        self.logger = Logger(
+            self.dir,
             cfg.model_dump(mode="json"),
             mode=cfg.log.wandb,
             project=cfg.log.project,
             group=cfg.log.group,
-            name=cfg.log.name or run_dir.name,
+            name=cfg.log.name or self.dir.name,
             run_id=progress.wandb_id,
-            resume_step=(progress.step if loaded is not None else -1) if _goes_on(cfg) else None,
+            resume_step=(progress.step if self.loaded is not None else -1) if _goes_on(cfg) else None,
+            done=progress.done,
         )
-        closing.callback(logger.finish)
-        progress.wandb_id = logger.run_id
-        pipeline = build.build_pipeline(cfg, parts, fps)
-        prompts = validation.prompts_of(cfg, captions, split)
-        forward = torch.compile(parts.transformer) if cfg.train.compile else parts.transformer
+        closing.callback(self.logger.finish)
+        progress.wandb_id = self.logger.run_id
 
-        grid = grid_of(tuple(clips.latent_shape[1:]), cfg.tokens.patch_size)
-        text_tokens = text.encode(parts.text_encoder, parts.tokenizer, captions[:1], cfg.text.max_length)[1].shape[1]
-        work = flops.step_work(
-            parts.transformer, grid, text_tokens, cfg.train.train_batch_size, cfg.train.gradient_checkpointing
-        )
-        tqdm.write(describe(cfg, parts, grid, work, device, source.folder_summary(folder, train_ids, held_ids)))
-        if loaded is not None:
-            tqdm.write(f"resumed from {loaded.path} at step {progress.step}")
+    def tell(self) -> None:
+        """What will run, in words."""
+        data = source.folder_summary(self.folder, self.train_ids, self.held_ids)
+        lines = buckets.summary(self.cfg, self.folder, self.train_ids, self.clips.planned)
+        data = f"\n{'':<12}".join([data, *lines])
+        ranks.say(describe(self.cfg, self.parts, self.grid, self.work, self.device, data))
+        if ranks.size() > 1:
+            ranks.say(self.spread.words(self.cfg))
+        if self.loaded is not None:
+            ranks.say(f"resumed from {self.loaded.path} at step {self.progress.step}")
 
-        def content() -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-            tensors = {
-                "model": nn.ModuleDict(parts.trained).state_dict(),
-                "ema": ema.state_tensors(),
-                "optimizer": optim.state_tensors(optimizer, names),
-                "random": checkpoint.random_state(),
-                "codec": build.codec_tensors(parts.codec),
-            }
-            state = {**progress.state(), "vocabulary": vocabulary, "fps": fps, "files": fingerprint(folder)}
-            return tensors, {**state, "config": cfg.model_dump(mode="json")}
+    def check_memory(self) -> None:
+        """Of several buckets the largest first: whether its batch fits. Raises DataError where it does not."""
+        if self.cfg.data.buckets and not self.progress.done:
+            wrapped = self.spread.kind == "ddp"  # a second copy of all gradients
+            coming = (0 if self.optimizer.state else 8) + 4 * wrapped
+            reserve = coming * sum(shards.local(weight).numel() for weight in self.names.values())
+            parts, used = self.parts, self.clips.buckets
+            ranks.say(preflight.check(self.cfg, parts, self.objective, used, self.captions, reserve))
 
-        def save() -> Path:
-            logger.settle()  # a resume keeps the lines up to its checkpoint, so that they must be on disk first
-            tensors, state = content()
-            finite.refuse_spoiled(
-                {"model": names, "ema": tensors["ema"], "optimizer": tensors["optimizer"]}, progress.step
-            )
-            return checkpoint.save(run_dir, progress.step, tensors, state, cfg.checkpoint.total_limit)
+    # ------------------------------------------------------------------------------------------------- the state
 
-        def remembered() -> Iterator[torch.Tensor]:
-            """What a step leaves to the next beside the weights."""
-            yield from ema.state_tensors().values()
-            for moments in optimizer.state.values():
-                yield from (moments[key] for key in optim.MOMENTS)
+    @property
+    def last(self) -> Path:
+        """The folder of the last checkpoint."""
+        return self.dir / f"checkpoint-{self.saved}"
 
-        def stopped(loss: float, norm: float, batch: Batch) -> finite.NotFinite:
-            tensors, state = content()
-            noise, times, told = draw(cfg, objective, batch, progress.step * cfg.train.train_batch_size)
-            looked_at = {"latents": batch.latents, "noise": noise, "times": times}
-            gradients = {name: weight.grad for name, weight in names.items() if weight.grad is not None}
-            kept = {
-                "batch": looked_at,
-                "model": names,
-                **{group: tensors[group] for group in ("ema", "optimizer", "codec")},
-            }
-            report = {"step": progress.step, "loss": loss, "grad_norm": norm, "files": batch.files, "captions": told}
-            report["spoiled"] = finite.spoiled({**kept, "gradient": gradients})
-            return finite.stop(run_dir, report, {**tensors, "batch": looked_at}, state)
-
-        def validate() -> dict[str, float]:
-            with ema.applied(), validation.evaluating(parts):
-                metrics = {}
-                if held_out is not None:
-                    loss = validation.held_out_loss(cfg, parts, objective, held_out)
-                    metrics["val/loss"] = progress.held_out_loss = loss
-                    logger.log(progress.step, metrics)
-                out = run_dir / "samples" / f"step-{progress.step:06d}"
-                videos = validation.sample_prompts(pipeline, prompts, cfg, fps, out)
-                logger.videos(progress.step, "validation/videos", videos)
-                return metrics
-
-        # ---------------------------------------------------------------------------------------------- the loop
-        if not progress.done:
-            shutil.rmtree(
-                run_dir / "final", ignore_errors=True
-            )  # of the steps before; checkpoints hold the same weights
-        meter = Meter(cfg, grid.tokens, work.executed, device)
-        with checkpoint.StopSignals() as stop, _progress_bar(progress) as bar:
-            if progress.step == 0 and cfg.validation.steps is not None:
-                validate()
-            batches = clips.batches(progress.step)
-            saved = progress.step if loaded is not None else None
-            while not stop.requested and not progress.done:
-                meter.start()
-                batch = next(batches)
-                meter.lap("data")
-                rate = learning_rate(cfg, progress)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                parts.transformer.at_step(progress.step)
-                loss = accumulate(cfg, forward, parts, objective, batch, progress.step)
-                norm = optim.clip_and_check(names.values(), cfg.optim.max_grad_norm)
-                if not (math.isfinite(loss) and math.isfinite(norm) and finite.whole(remembered())):
-                    raise stopped(loss, norm, batch)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update(progress.step)
-                parts.transformer.observe(loss)
-                meter.lap("step")
-
-                progress.advance(loss, norm, meter.seconds, cfg)
-                bar.total = progress.total
-                bar.set_postfix(loss=f"{progress.smooth_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
-                bar.update()
-                if progress.step % cfg.log.every == 0 or progress.done:
-                    metrics = progress.window_metrics(rate, cfg.train.train_batch_size, len(train_ids))
-                    metrics |= meter.metrics(len(clips.rejects)) | parts.transformer.measured()
-                    logger.log(progress.step, metrics)
-                if cfg.validation.steps is not None and progress.step % cfg.validation.steps == 0 and not progress.done:
-                    bar.write(f"step {progress.step}: " + _words(validate()))
-                if progress.step % cfg.checkpoint.steps == 0 and not progress.done:
-                    with stop.protected():
-                        save()
-                    saved = progress.step
-            if saved != progress.step:
-                with stop.protected():
-                    last = save()
-            else:
-                last = run_dir / f"checkpoint-{progress.step}"
-        if stop.requested:
-            tqdm.write(
-                f"stopped by {stop.requested} at step {progress.step}; everything is saved in {last}\n"
-                f"continue with the same command and run.resume_from_checkpoint=latest"
-            )
-            return {"steps": progress.step, "stopped": stop.requested}
-
-        # ------------------------------------------------------------------------------------------------ the end
-        validate()
-        with ema.applied(), validation.evaluating(parts):
-            pipeline.save_pretrained(run_dir / "final", safe_serialization=True)
-            sheet, accuracy = validation.finish(cfg, pipeline, prompts, split, folder, fps, run_dir)
-        summary = {
-            "steps": progress.step,
-            "seconds": {"train": round(progress.seconds, 2), "total": round(time.monotonic() - began, 2)},
-            "loss": {"train": progress.smooth_loss, "held_out": progress.held_out_loss},
-            **accuracy,
-            "parameters": flops.trainable(parts.trained),
-            "flops_per_step": work.executed,
-            "dense_flops_per_step": work.dense,
-            "rejects": len(clips.rejects),
+    def content(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """All that a checkpoint holds; of weights in shards, those of this rank."""
+        tensors = {
+            "model": self.parts.weights(),
+            "ema": self.ema.state_tensors(),
+            "optimizer": optim.state_tensors(self.optimizer, self.names),
+            "random": checkpoint.random_state(),
+            "codec": build.codec_tensors(self.parts.codec),
         }
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        logger.image(progress.step, "validation/contact_sheet", sheet)
-        logger.summary(summary)
-        logger.finish()
-        tqdm.write(farewell(run_dir, sheet, last, logger, summary))
-        return summary
+        state = {"vocabulary": self.vocabulary, "fps": self.fps, "files": fingerprint(self.folder)}
+        return tensors, {**self.progress.state(), **state, "config": self.cfg.model_dump(mode="json")}
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. Raises NotFinite for a state that holds NaN."""
+        self.logger.settle()  # a resume keeps the lines up to its checkpoint, so that they must be on disk first
+        tensors, state = self.content()
+        step = self.progress.step
+        finite.refuse_spoiled({"model": self.names, "ema": tensors["ema"], "optimizer": tensors["optimizer"]}, step)
+        saving.save(self.dir, step, tensors, state, self.cfg.checkpoint.total_limit)
+        self.saved = step
+
+    def remembered(self) -> Iterator[torch.Tensor]:
+        """What a step leaves to the next beside the weights."""
+        yield from self.ema.state_tensors().values()
+        for moments in self.optimizer.state.values():
+            yield from (moments[key] for key in optim.MOMENTS)
+
+    def stopped(self, loss: float, norm: float, batch: Batch) -> finite.NotFinite:
+        """The error of a step that is not finite, all that it was computed from being kept."""
+        tensors, state = self.content()
+        _, noises, times, told = zip(*drawn(self.cfg, self.objective, batch, self.progress.step), strict=True)
+        looked_at = {"latents": batch.latents, "noise": torch.cat(noises), "times": torch.cat(times)}
+        gradients = {name: weight.grad for name, weight in self.names.items() if weight.grad is not None}
+        kept = {
+            "batch": looked_at,
+            "model": self.names,
+            **{group: tensors[group] for group in ("ema", "optimizer", "codec")},
+        }
+        captions = list(itertools.chain(*told))
+        found = {"files": batch.files, "captions": captions, "spoiled": finite.spoiled({**kept, "gradient": gradients})}
+        report = {"step": self.progress.step, "loss": loss, "grad_norm": norm, **ranks.merged(found)}
+        report["spoiled"] = list(dict.fromkeys(report["spoiled"]))
+        return finite.stop(self.dir, report, {**tensors, "batch": looked_at}, state, saving.dump)
+
+    # -------------------------------------------------------------------------------------------- the looks at it
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within it the averaged weights stand in evaluation mode, as a saved pipeline has them: not compiled either."""
+        with self.ema.applied(), validation.evaluating(self.parts), ExitStack() as plain:
+            if self.cfg.train.compile:
+                plain.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+    def validate(self) -> dict[str, float]:
+        """The averaged weights' held-out loss, which is returned, and their clips of the prompts."""
+        step, metrics = self.progress.step, {}
+        with self.looking():
+            if self.held_out:
+                metrics = validation.held_out_by_size(self.cfg, self.parts, self.objective, self.held_out)
+                self.progress.held_out_loss = metrics["val/loss"]
+                self.logger.log(step, metrics)
+            out = self.dir / "samples" / f"step-{step:06d}"
+            videos = validation.sample_prompts(self.pipeline, self.prompts, self.cfg, self.fps, out)
+            self.logger.videos(step, "validation/videos", videos)
+        return metrics
+
+    def log(self, rate: float) -> None:
+        """Means and speeds since the last time; `rate` is the learning rate of the step just made."""
+        metrics = self.progress.window_metrics(rate, self.clips.sampler)
+        metrics |= self.meter.metrics(len(self.clips.rejects)) | self.parts.transformer.measured()
+        self.logger.log(self.progress.step, metrics)
+
+    def export(self, folder: Path) -> None:
+        """The pipeline, with the weights as they are now, in diffusers' format."""
+        pipeline = self.pipeline
+        if self.spread.kind == "fsdp":
+            weights = parallel.gathered(self.parts.weights())
+            if ranks.is_first():
+                parts = build.build_parts(self.cfg, self.vocabulary)
+                build.load_weights(parts, weights)
+                checkpoint.load_into(parts.codec, build.codec_tensors(self.parts.codec), "codec")
+                pipeline = build.build_pipeline(self.cfg, parts, self.fps)
+        if ranks.is_first():
+            if self.parts.adapted:
+                lora.save(pipeline, self.dir)
+            with build.complete(self.cfg, pipeline), lora.merged(pipeline):
+                pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+class _Quiet:
+    """The logger of a rank that is not the first."""
+
+    run_id, where = None, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+
+def loop(run: Run) -> str | None:
+    """Make steps until the run is done or a signal stops it, and save; returns the signal's name."""
+    cfg, progress = run.cfg, run.progress
+    if not progress.done and ranks.is_first():  # of the steps before; checkpoints hold the same weights
+        shutil.rmtree(run.dir / "final", ignore_errors=True)
+    with checkpoint.StopSignals() as stop, _progress_bar(progress) as bar:
+        if progress.step == 0 and cfg.validation.steps is not None:
+            run.validate()
+        batches = run.clips.batches(progress.step)
+        while (signal := ranks.agreed(stop.requested)) is None and not progress.done:
+            rate = learning_rate(cfg, progress)
+            make_step(run, batches, rate)
+            bar.total = progress.total
+            bar.set_postfix(loss=f"{progress.smooth_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+            bar.update()
+            if progress.step % cfg.log.every == 0 or progress.done:
+                run.log(rate)
+            if cfg.validation.steps is not None and progress.step % cfg.validation.steps == 0 and not progress.done:
+                ranks.say(f"step {progress.step}: " + _words(run.validate()))
+            if progress.step % cfg.checkpoint.steps == 0 and not progress.done:
+                with stop.protected():
+                    run.save()
+        if run.saved != progress.step:
+            with stop.protected():
+                run.save()
+    return signal
+
+
+def make_step(run: Run, batches: Iterator[Batch], rate: float) -> None:
+    """One optimiser step at a learning rate. Raises NotFinite before an update that would spoil the weights."""
+    cfg, progress, transformer, meter = run.cfg, run.progress, run.parts.transformer, run.meter
+    meter.start(run.clips.sampler.bucket(progress.step))
+    batch = next(batches)
+    meter.lap("data")
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    transformer.at_step(progress.step)
+    loss = accumulate(cfg, run.learner.forward, run.learner.parts, run.objective, batch, progress.step)
+    norm = optim.clip_and_check(run.names.values(), cfg.optim.max_grad_norm)
+    fine = math.isfinite(loss) and math.isfinite(norm) and finite.whole(run.remembered())
+    loss, spoiled = ranks.total(loss / ranks.size(), not fine)
+    if spoiled:
+        raise run.stopped(loss, norm, batch)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.ema.update(progress.step)
+    transformer.observe(loss)
+    meter.lap("step")
+    seconds = meter.seconds
+    if cfg.train.max_train_seconds is not None and progress.total is None:  # all must come to the same number of steps
+        seconds = ranks.total(seconds / ranks.size())[0]
+    progress.advance(loss, norm, seconds, cfg)
+
+
+def finish(run: Run, began: float) -> dict[str, Any]:
+    """The last look, the pipeline and the summary, which is returned; `began` is when the run did."""
+    cfg, progress, logger = run.cfg, run.progress, run.logger
+    run.validate()
+    with run.looking():
+        run.export(run.dir / "final")
+        sheet, accuracy = validation.finish(cfg, run.pipeline, run.prompts, run.split, run.folder, run.fps, run.dir)
+    summary = {
+        "steps": progress.step,
+        "seconds": {"train": round(progress.seconds, 2), "total": round(time.monotonic() - began, 2)},
+        "loss": {"train": progress.smooth_loss, "held_out": progress.held_out_loss},
+        **accuracy,
+        "parameters": flops.trainable(run.parts.trained),
+        "flops_per_step": run.work.executed,
+        "dense_flops_per_step": run.work.dense,
+        "rejects": len(run.clips.rejects),
+    }
+    if ranks.is_first():
+        (run.dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    logger.image(progress.step, "validation/contact_sheet", sheet)
+    logger.summary(summary)
+    logger.finish()
+    ranks.say(farewell(run.dir, sheet, run.last, logger, summary))
+    return summary
 
 
 # -------------------------------------------------------------------------------------------------- the run folder
@@ -244,10 +405,13 @@ def train(cfg: schema.Config) -> dict[str, Any]:
 
 @contextmanager
 def _run_folder(run_dir: Path, keep: bool) -> Iterator[None]:
-    """Make the run folder and hold it for this process; an earlier run that is not resumed is moved aside, whole.
+    """Make the run folder and hold it for this run; an earlier run that is not resumed is moved aside, whole.
 
-    Raises TrainingError when another process trains into it.
+    The first rank does it for all. Raises TrainingError when another run trains into it.
     """
+    if not ranks.is_first():
+        yield
+        return
     try:
         if run_dir.exists() and not run_dir.is_dir():
             raise TrainingError(f"run.output_dir: {run_dir} is a file; name a folder")
@@ -304,8 +468,8 @@ def _goes_on(cfg: schema.Config) -> bool:
 
 
 def fingerprint(folder: dataset.VideoFolder) -> str:
-    """A hash of the names of the usable videos, in order: it decides the split and the order of training."""
-    return hashlib.sha256("\n".join(folder.name(i) for i in range(len(folder))).encode()).hexdigest()
+    """A hash of the usable videos, in order, and what metadata says of them: it decides the split and the order of training."""
+    return hashlib.sha256(os.fsencode("\n".join(folder.identity(i) for i in range(len(folder))))).hexdigest()
 
 
 def _check_same_folder(cfg: schema.Config, folder: dataset.VideoFolder, loaded: checkpoint.Loaded | None) -> None:
@@ -335,12 +499,21 @@ def _check_same_config(cfg: schema.Config, saved: schema.Config, path: Path) -> 
     limits = [line for line in changed if line.startswith(LIMIT_KEYS)]
     others = [line for line in changed if line not in limits]
     if limits:
-        tqdm.write("the run's limit changes, and with it the course of the learning rate: " + "; ".join(limits))
+        ranks.say("the run's limit changes, and with it the course of the learning rate: " + "; ".join(limits))
     if others and not cfg.run.allow_changed_config:
         raise TrainingError(
             f"{path} was written under another config: {'; '.join(others)} "
             "(restore these keys, or say run.allow_changed_config=true)"
         )
+
+
+def _identity(cfg: schema.Config) -> dict[str, Any]:
+    """What must be alike on all ranks."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    packages = {package: _version(package) for package in ("torch", "diffusers", "transformers")}
+    return {"config": cfg.model_dump(mode="json"), "the code of stgen": code.hexdigest()[:12], "packages": packages}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
@@ -379,7 +552,14 @@ def learning_rate(cfg: schema.Config, progress: Progress) -> float:
 
 
 def _progress_bar(progress: Progress) -> tqdm:
-    return tqdm(total=progress.total, initial=progress.step, desc="training", unit="step", dynamic_ncols=True)
+    return tqdm(
+        total=progress.total,
+        initial=progress.step,
+        desc="training",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not ranks.is_first(),
+    )
 
 
 def farewell(run_dir: Path, sheet: Path, last: Path, logger: Logger, summary: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What a model can do: clips of fixed prompts, the loss on held-out clips, the oracle's verdict on built-in shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stgen import build, dataset, schema, shapes, video
+from stgen import build, dataset, ranks, schema, shapes, video
 from stgen.objective import Objective
 from stgen.pipeline import VideoPipeline
 from stgen.source import Batch
@@ -32,6 +32,18 @@ def held_out_loss(cfg: schema.Config, parts: build.Parts, objective: Objective, 
     """Mean loss over the held-out clips, each at a fixed time and noise."""
     found = held_out_losses(cfg, parts, objective, batch)
     return sum(float(part.sum()) for part in found.split(cfg.train.train_batch_size)) / len(found)
+
+
+def held_out_by_size(
+    cfg: schema.Config, parts: build.Parts, objective: Objective, batches: Mapping[str, Batch]
+) -> dict[str, float]:
+    """The mean loss over the held-out clips, and where they are of several sizes that over those of each."""
+    found = {size: held_out_loss(cfg, parts, objective, batch) for size, batch in batches.items()}
+    if len(found) == 1:
+        return {"val/loss": next(iter(found.values()))}
+    counts = {size: len(batch.captions) for size, batch in batches.items()}
+    mean = sum(found[size] * counts[size] for size in found) / sum(counts.values())
+    return {"val/loss": mean, **{f"val/loss/{size}": loss for size, loss in found.items()}}
 
 
 def held_out_losses(
@@ -70,26 +82,28 @@ def prompts_of(cfg: schema.Config, captions: list[str], split: shapes.Split | No
 def sample_prompts(
     pipeline: VideoPipeline, prompts: list[str], cfg: schema.Config, fps: float, out: Path
 ) -> list[tuple[Path, str]]:
-    """Sample each prompt at its fixed seed into `out`; returns files and captions."""
+    """Sample each prompt at its fixed seed into `out`; returns files and captions. Of several ranks the first one writes."""
     seeds = [cfg.validation.seed + i for i in range(len(prompts))]
     clips = sample_clips(pipeline, prompts, seeds, cfg)
     files = []
     for i, (prompt, seed, frames) in enumerate(zip(prompts, seeds, clips, strict=True)):
         path = out / f"{i:03d}-seed{seed}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        video.write(path, video.Clip(frames, fps))
+        if ranks.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            video.write(path, video.Clip(frames, fps))
         files.append((path, f"{i}: {prompt}"))
     return files
 
 
 def sample_clips(pipeline: VideoPipeline, prompts: list[str], seeds: list[int], cfg: schema.Config) -> list[Tensor]:
-    """One clip, uint8 [T, 3, H, W], for each prompt and seed."""
+    """One clip, uint8 [T, 3, H, W], for each prompt and seed; of several ranks each samples its share and has all."""
     pipeline.set_progress_bar_config(disable=True)
-    clips, batch = [], cfg.train.train_batch_size
+    clips, batch, count = [], cfg.train.train_batch_size, len(prompts)
+    prompts, seeds = [*ranks.share(prompts)], [*ranks.share(seeds)]
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         clips += pipeline.clips(part, seeds[start : start + batch], [cfg.validation.negative_prompt] * len(part))
-    return clips
+    return ranks.joined(clips, count)
 
 
 def finish(
@@ -105,7 +119,8 @@ def finish(
     sheet = run_dir / "contact_sheet.png"
     held_out = {combo.prompt for combo in split.held_out} if split is not None else set()
     captions = [prompt + (" (never trained)" if prompt in held_out else "") for prompt in prompts]
-    video.contact_sheet(sheet, [video.read(path) for path, _ in files], captions)
+    if ranks.is_first():
+        video.contact_sheet(sheet, [video.read(path) for path, _ in files], captions)
     return sheet, accuracy
 
 
@@ -114,7 +129,8 @@ def judge(
 ) -> dict[str, Any]:
     """Share of clips of which the oracle reads the whole prompt: {seen, held_out, real}, with n and intervals beside."""
     count = cfg.validation.judged_noises * len(split.held_out)
-    return verdicts(asked_clips(cfg, pipeline, split, count), folder)
+    asked = asked_clips(cfg, pipeline, split, count)
+    return verdicts(asked, folder, split.around) if ranks.is_first() else {}
 
 
 def asked_clips(
@@ -130,13 +146,13 @@ def asked_clips(
 
 
 def verdicts(
-    groups: dict[str, tuple[list[shapes.Combination], list[Tensor]]], folder: dataset.VideoFolder
+    groups: dict[str, tuple[list[shapes.Combination], list[Tensor]]], folder: dataset.VideoFolder, around: bool
 ) -> dict[str, Any]:
     """The oracle's verdict on each group of clips, and on as many real ones."""
-    detail = {name: shapes.accuracy(clips, asked) for name, (asked, clips) in groups.items() if asked}
+    detail = {name: shapes.accuracy(clips, asked, around) for name, (asked, clips) in groups.items() if asked}
     count = max(len(asked) for asked, _ in groups.values())
     real = [folder[(i, 0)] for i in range(min(count, len(folder)))]
     by_prompt = {combo.prompt: combo for combo in shapes.ALL}
     clips = [item["frames"].movedim(0, 1) for item in real]
-    detail["real"] = shapes.accuracy(clips, [by_prompt[item["caption"]] for item in real])
+    detail["real"] = shapes.accuracy(clips, [by_prompt[item["caption"]] for item in real], around)
     return {"accuracy": {name: value["all"] for name, value in detail.items()}, "accuracy_detail": detail}

@@ -74,22 +74,37 @@ def write_videos(folder: Path, count: int, frames: int = 8, size: int = 24, capt
 # ------------------------------------------------------------------------------------------------------ exactness
 
 
-PROGRESSIVE = "{kind: plateau, start: 1.0, end: 0.25, parts: 3, patience: 1}"
+SCHEDULES = """{block: [1, 1, 1], approximate: {quantise: [q, k], bits: {kind: linear, start: 8, end: 3, steps: 4, every: 2}},
+    pattern: [{kind: topk, ratio: {kind: plateau, start: 1.0, end: 0.25, parts: 3, patience: 1}},
+              {kind: local, radius: {kind: linear, start: 1, end: 0, steps: 3}},
+              {kind: global, frames: {kind: stairs, values: [2, 1, 0], at_steps: [2, 5]}}]}""".replace("\n", " ")
+NOISE = "{block: [1, 1, 1], pattern: {kind: learned, ratio: 0.5, gumbel: 1.0}}"
+PRUNING = """{heads: {kind: stairs, values: [1, 0.5], at_steps: [4]},
+    tokens: {kind: linear, start: 1, end: 0.4, steps: 5}}""".replace("\n", " ")
+CHANGING = {
+    "nothing": (1, [], []),
+    "schedules": (3, [f"model.mixers.spatial={SCHEDULES}"], ["any.0.ratio", "any.1.radius", "any.2.frames", "bits"]),
+    "noise": (3, [f"model.mixers.spatial={NOISE}"], []),
+    "pruning": (5, ["model.plan=joint", f"model.pruning={PRUNING}"], ["pruning/tokens", "pruning/heads"]),
+}
 
 
-@pytest.mark.parametrize(("cut", "pattern"), [(1, "full"), (3, f"{{kind: topk, ratio: {PROGRESSIVE}}}"), (5, "full")])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, cut, pattern):
+@pytest.mark.parametrize("changing", CHANGING)
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, changing):
+    cut, overrides, told = CHANGING[changing]
     extra = ["checkpoint.steps=1", "train.gradient_accumulation_steps=2", "text.caption_dropout=0.3", "log.every=2"]
-    extra.append(f"model.mixers.spatial={{block: [1, 1, 1], pattern: {pattern}}}")
+    extra += overrides
     train(tiny(*extra, folder="whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for n in range(cut + 1, 7):  # what a kill after step `cut` leaves behind
         shutil.rmtree(tmp_path / "cut" / f"checkpoint-{n}")
     train(tiny(*extra, "run.resume_from_checkpoint=latest", folder="cut"))
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-6", tmp_path / "cut" / "checkpoint-6")
-    keys = ("train/loss", "train/grad_norm", "train/lr", *(["attention/0/ratio"] if "topk" in pattern else []))
-    assert metrics_of(tmp_path / "whole", *keys) == metrics_of(tmp_path / "cut", *keys)
-    assert len(metrics_of(tmp_path / "whole", *keys)) == 3
+    keys = ["train/loss", "train/grad_norm", "train/lr"]
+    keys += [name if "/" in name else f"attention/0/{name}" for name in told]
+    rows = metrics_of(tmp_path / "whole", *keys)
+    assert rows == metrics_of(tmp_path / "cut", *keys) and len(rows) == 3
+    assert all(len({row[i] for row in rows}) > 1 for i in range(4, 4 + len(told)))  # each has changed
 
 
 def test_workers_and_memory_do_not_change_a_decoded_run(tiny, tmp_path):
