@@ -1,13 +1,11 @@
 """Sampling: a run folder and prompts in; clips, their settings and a contact sheet out."""
 
-import csv
-import io
 import json
-import math
 import shutil
+import sys
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +17,36 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from stgen import build, dataset, text, video
+from stgen import build, dataset, lora, ranks, text, video
 from stgen.caches import Cache, Tally, caching, calibrated
+from stgen.codec import PatchPCA, Pixels
 from stgen.logger import Logger
-from stgen.pipeline import SCHEDULERS, VideoPipeline, build_scheduler, set_steps
+from stgen.pipeline import VideoPipeline, build_scheduler, set_steps
+from stgen.requests import Request, SampleError, bad_image, read_requests
 
-
-class SampleError(ValueError):
-    """A request that cannot be met; one sentence that says what to do."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One clip: its prompt and every option that shapes it."""
-
-    prompt: str
-    seed: int
-    negative_prompt: str
-    guidance_scale: float
-    num_inference_steps: int
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    scheduler: str | None
-    image: str | None = None
-
-
-WHOLE = {"seed": 0, "num_inference_steps": 1, "num_frames": 1, "height": 1, "width": 1}  # options and their least value
-NUMBERS = ("guidance_scale", "fps")
+PATIENCE = 24 * 3600.0  # seconds that a rank waits for the others' clips
 
 
 def sample(args: Namespace) -> list[Path]:
-    """Sample what the command line asks for; returns the files of the clips."""
+    """Sample what the command line asks for; returns the files of the clips.
+
+    Under torchrun every rank calls it and makes its share of the batches, each of which is that of a single process.
+    """
     diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment; sampling has its own
-    pipeline = _load(args)
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise SampleError("--device cuda: PyTorch finds no CUDA device; say auto or cpu")
-    pipeline.to("cuda" if cuda else "cpu")
+    device = torch.device("cuda" if cuda else "cpu")
+    with ranks.together(device, timeout=PATIENCE):
+        return _sample(args, device)
+
+
+def _sample(args: Namespace, device: torch.device) -> list[Path]:
+    pipeline = _load(args)
+    if args.lora is not None:
+        pipeline.load_lora_weights(args.lora)
+        lora.merge(pipeline.transformer, args.lora_scale)
+    _place(pipeline, args, device)
     pipeline.set_progress_bar_config(disable=True)
     requests = read_requests(args, pipeline.config.sampling)
     check_requests(pipeline, requests)
@@ -66,20 +55,12 @@ def sample(args: Namespace) -> list[Path]:
     cache = _cache(pipeline, args.cache, requests[0]) if args.cache else None
     tally = Tally()
 
-    home = args.run.parent if args.run.name.startswith("checkpoint-") else args.run
-    out = args.output_dir or home / "samples"
-    run = home.resolve().name
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        logger = Logger(
-            out, vars(args), mode=args.wandb, project="stgen", group=run, name=f"{run}-samples", job_type="sample"
-        )
-    except OSError as error:
-        raise SampleError(f"--output_dir: {out} cannot be written to: {error.strerror}") from None
+    out, logger = _open_folder(args)
     files, clips = [], []
     try:
-        with tqdm(total=len(requests), desc="sampling", unit="clip") as bar:
-            for first, group in _batches(requests, args.batch_size):
+        own = _batches(requests, _batch_size(args, len(requests)))[ranks.rank() :: ranks.size()]
+        with tqdm(total=sum(len(group) for _, group in own), desc="sampling", unit="clip") as bar:
+            for first, group in own:
                 if _streams(pipeline, group[0]):
                     files += _stream(pipeline, group, first, out, args)
                     bar.update(len(group))
@@ -90,19 +71,68 @@ def sample(args: Namespace) -> list[Path]:
                     files.append(_write(out, i, request, clip, args))
                     clips += [clip] if "sheet" in args.output else []
                     bar.update()
+        files = sorted(Path(file) for made in ranks.gather([str(file) for file in files]) for file in made)
         captions = [f"{request.prompt}  (seed {request.seed})" for request in requests]
         if "sheet" in args.output:
             video.contact_sheet(out / "contact_sheet.png", clips, captions)
+        if logger is not None and "sheet" in args.output:
             logger.image(0, "samples/contact_sheet", out / "contact_sheet.png")
-        if files[0].suffix == ".mp4":
+        if logger is not None and files[0].suffix == ".mp4":
             logger.videos(0, "samples/videos", list(zip(files, captions, strict=True)))
     finally:
-        logger.finish()
+        if logger is not None:
+            logger.finish()
+    if logger is None:
+        return files
     if cache is not None:
         print(f"cache {cache.kind}: {tally}")
     print(f"{len(files)} clips in {out}" + (f"; {files[0].name} first" if len(files) > 1 else f": {files[0].name}"))
     print(logger.where)
     return files
+
+
+def _open_folder(args: Namespace) -> tuple[Path, Logger | None]:
+    """Where the clips go, made if need be, and the logger, which the first rank has."""
+    home = args.run.parent if args.run.name.startswith("checkpoint-") else args.run
+    run = home.resolve().name
+    out = args.output_dir or (home / "samples" if args.run.exists() else Path("samples") / run)  # of a hub id here
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not ranks.is_first():
+            return out, None
+        return out, Logger(
+            out, vars(args), mode=args.wandb, project="stgen", group=run, name=f"{run}-samples", job_type="sample"
+        )
+    except OSError as error:
+        raise SampleError(f"--output_dir: {out} cannot be written to: {error.strerror}") from None
+
+
+def _batch_size(args: Namespace, clips: int) -> int:
+    """As asked for; else 8, under several ranks fewer where some of them would be idle."""
+    return args.batch_size or min(8, -(-clips // ranks.size()))
+
+
+def _place(pipeline: VideoPipeline, args: Namespace, device: torch.device) -> None:
+    """Put the parts on the device, or have them come there when they are needed. Raises SampleError."""
+    if args.vae_tiling:
+        if not hasattr(pipeline.codec, "enable_tiling"):
+            raise SampleError(f"--vae_tiling: {type(pipeline.codec).__name__} does not decode in tiles; leave it out")
+        pipeline.codec.enable_tiling()
+    if args.offload == "none":
+        pipeline.to(device)
+        return
+    if device.type == "cpu":
+        raise SampleError(
+            "--offload: keeps parts in memory that a GPU does not need at the moment; here is no GPU, leave it out"
+        )
+    match args.offload:
+        case "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        case "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        case "group":
+            small = ["codec"] if isinstance(pipeline.codec, PatchPCA | Pixels) else []  # not called as a layer
+            pipeline.enable_group_offload(onload_device=device, offload_type="leaf_level", exclude_modules=small)
 
 
 def _load(args: Namespace) -> VideoPipeline:
@@ -113,128 +143,6 @@ def _load(args: Namespace) -> VideoPipeline:
 
 
 # ------------------------------------------------------------------------------------------------------- requests
-
-
-def read_requests(args: Namespace, trained: dict[str, Any]) -> list[Request]:
-    """Every clip that the arguments ask for: prompts in order, the clips of a prompt by seed.
-
-    Raises SampleError naming the option, or the file and line, of what cannot be used.
-    """
-    for name in ("num_videos_per_prompt", "batch_size"):
-        if getattr(args, name) < 1:
-            raise SampleError(f"--{name}: {getattr(args, name)} should be at least 1")
-    if len(args.seed) > 1 and args.num_videos_per_prompt not in (1, len(args.seed)):
-        raise SampleError(
-            f"--seed: {len(args.seed)} seeds for {args.num_videos_per_prompt} clips of a prompt; give one"
-        )
-    names = [field.name for field in fields(Request) if field.name not in ("prompt", "seed", "image")]
-    given = {name: _convert(f"--{name}: ", name, getattr(args, name)) for name in names}
-    given = {name: trained.get(name) if value is None else value for name, value in given.items()}
-    given_seeds = [_convert("--seed: ", "seed", seed) for seed in args.seed]
-    given["image"] = args.image and str(args.image)
-
-    rows = [("--prompt: ", {"prompt": prompt}) for prompt in args.prompt or []]
-    rows += read_prompt_file(args.prompt_file) if args.prompt_file else []
-    requests = []
-    for where, row in rows:
-        options = {name: _convert(where, name, value) for name, value in row.items() if value not in (None, "")}
-        seeds = [options.pop("seed")] if "seed" in options else given_seeds
-        if len(seeds) == 1:
-            seeds = [seeds[0] + i for i in range(args.num_videos_per_prompt)]
-        base = Request(**{"prompt": "", "seed": 0, **given, **options})
-        requests += [replace(base, seed=seed) for seed in seeds]
-    if not requests:
-        raise SampleError(f"{args.prompt_file}: no prompt in it; write one a line")
-    return requests
-
-
-def read_prompt_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a .txt, .csv or .jsonl file: the place of each (`file:line: `), its prompt and perhaps other options.
-
-    Raises SampleError naming the file and the line of a row that cannot be read.
-    """
-    if not path.is_file():
-        raise SampleError(f"--prompt_file: {path} is not a file")
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SampleError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    lines = content.replace("\r\n", "\n").split("\n")  # a JSON string may hold what str.splitlines() takes for an end
-    if path.suffix == ".csv":
-        rows = _csv_rows(path, content)
-    elif path.suffix == ".jsonl":
-        rows = [(i, _json(path, i, line)) for i, line in enumerate(lines, start=1) if line.strip()]
-    else:
-        rows = [(i, {"prompt": line.strip()}) for i, line in enumerate(lines, start=1)]
-        rows = [(i, row) for i, row in rows if row["prompt"] and not row["prompt"].startswith("#")]
-    known = {field.name for field in fields(Request)}
-    for i, row in rows:
-        if not isinstance(row, dict) or row.get("prompt") is None:
-            raise SampleError(f"{path}:{i}: no prompt in this row")
-        if None in row:
-            raise SampleError(f"{path}:{i}: more values than columns; quote a prompt that holds a comma")
-        if unknown := sorted(key for key in row if key not in known):
-            raise SampleError(f"{path}:{i}: unknown column {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        if row.get("image"):
-            row["image"] = _beside(path, i, row["image"])
-    return [(f"{path}:{i}: ", row) for i, row in rows]
-
-
-def _beside(file: Path, line: int, name: Any) -> str:
-    """The image that a row of a prompt file names. Raises SampleError for one outside the file's folder."""
-    image = file.parent / str(name)
-    if not image.resolve().is_relative_to(file.parent.resolve()):
-        raise SampleError(
-            f"{file}:{line}: image {name!r} lies outside the folder of {file.name}; put it beside the file"
-        )
-    return str(image)
-
-
-def _csv_rows(path: Path, content: str) -> list[tuple[int, dict[str, str]]]:
-    """Rows with the line on which each ends."""
-    reader = csv.DictReader(io.StringIO(content, newline=""))
-    try:
-        return [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise SampleError(f"{path}:{reader.line_num + 1}: not CSV: {error}") from None
-
-
-def _json(path: Path, line: int, content: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f"{path}:{line}: not JSON: {error}") from None
-
-
-def _convert(where: str, name: str, value: Any) -> Any:
-    """An option's value in its type; None stays None. Raises SampleError that begins with `where`."""
-    if value is None:
-        return None
-    if name in WHOLE:
-        number = _number(value)
-        if number % 1 != 0 or not WHOLE[name] <= number < 2**63:
-            raise SampleError(f"{where}{name} should be a whole number from {WHOLE[name]} on, got {value!r}")
-        return int(number)
-    if name in NUMBERS:
-        number = _number(value)
-        if not math.isfinite(number) or (name == "fps" and number <= 0):
-            raise SampleError(f"{where}{name} should be a {'positive ' if name == 'fps' else ''}number, got {value!r}")
-        return float(number)
-    if not isinstance(value, str):
-        raise SampleError(f"{where}{name} should be text, got {value!r}")
-    if name == "scheduler" and value not in SCHEDULERS:
-        raise SampleError(f"{where}scheduler {value!r} is none of {', '.join(SCHEDULERS)}")
-    return value
-
-
-def _number(value: Any) -> int | float:
-    """The number that a value stands for, NaN for none."""
-    for kind in (int, float):
-        try:
-            return value if type(value) is kind else kind(str(value))
-        except ValueError:
-            pass
-    return math.nan
 
 
 def check_requests(pipeline: VideoPipeline, requests: list[Request]) -> None:
@@ -253,10 +161,13 @@ def check_requests(pipeline: VideoPipeline, requests: list[Request]) -> None:
 
 def check_streams(pipeline: VideoPipeline, requests: list[Request], args: Namespace) -> None:
     """Of clips longer than those of training: refuse what a stream cannot do, say why there is none where one is meant."""
-    trained, model = pipeline.config.sampling["num_frames"], pipeline.transformer
+    trained, model = _trained_frames(pipeline), pipeline.transformer
     reason = pipeline.stream_refusal()
-    if args.chunk_frames is not None and reason is not None:
+    if reason is not None and any(request.chunk_frames is not None for request in requests):
         raise SampleError(f"--chunk_frames: {reason}")
+    for request in dict.fromkeys(map(_settings, requests)):
+        if request.chunk_frames is not None:
+            _check_chunk(pipeline, request)
     if all(request.num_frames <= trained for request in requests):
         return
     if reason is not None:
@@ -272,14 +183,34 @@ def check_streams(pipeline: VideoPipeline, requests: list[Request], args: Namesp
         )
 
 
+def _check_chunk(pipeline: VideoPipeline, request: Request) -> None:
+    """Raise SampleError that names the chunks which the model takes, in frames of the clip."""
+    _, frames, rows, columns = pipeline.latent_shape(request.num_frames, request.height, request.width)
+    joined, asked = request.num_frames // frames, request.chunk_frames or 0
+
+    def suits(chunk: int) -> bool:
+        try:
+            pipeline.transformer.new_past(1, (chunk // joined, rows, columns))
+        except ValueError:
+            return False
+        return True
+
+    if asked % joined == 0 and suits(asked):
+        return
+    best = pipeline.transformer.chunk_frames * joined
+    most = min(_trained_frames(pipeline), request.num_frames)
+    others = [c for c in range(joined, most + 1, joined) if c != best and suits(c)]
+    more = f"; {', '.join(map(str, others[:8]))} would do too" if others else ""
+    raise SampleError(f"--chunk_frames: {asked} frames do not suit this model; write {best}{more}")
+
+
 def read_image(path: str, height: int, width: int) -> Tensor:
     """An image scaled until it covers the clip, its centre cut out: [1, 3, height, width] in [0, 1]. Raises SampleError."""
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not an image that can be read"
-        raise SampleError(f"--image: {path}: {reason}") from None
+        raise bad_image(path, error) from None
     return dataset.fit(torch.from_numpy(pixels).permute(2, 0, 1)[None], height, width).float() / 255
 
 
@@ -352,7 +283,12 @@ def _common(group: list[Request]) -> dict[str, Any]:
 
 def _streams(pipeline: VideoPipeline, request: Request) -> bool:
     """Whether a clip is made chunk by chunk: it is longer than those of training, and the model knows how."""
-    return request.num_frames > pipeline.config.sampling["num_frames"] and pipeline.stream_refusal() is None
+    return request.num_frames > _trained_frames(pipeline) and pipeline.stream_refusal() is None
+
+
+def _trained_frames(pipeline: VideoPipeline) -> int:
+    """Frames of a training clip; where a pipeline was saved without, no clip is longer."""
+    return pipeline.config.sampling.get("num_frames", sys.maxsize)
 
 
 def _stream(pipeline: VideoPipeline, group: list[Request], index: int, out: Path, args: Namespace) -> list[Path]:
@@ -364,7 +300,7 @@ def _stream(pipeline: VideoPipeline, group: list[Request], index: int, out: Path
         [request.prompt for request in group],
         [request.negative_prompt for request in group],
         generator=[torch.Generator().manual_seed(request.seed) for request in group],
-        chunk_frames=args.chunk_frames,
+        chunk_frames=first.chunk_frames,
         output_type="pt",
         **_common(group),
     )
@@ -379,7 +315,7 @@ def _stream(pipeline: VideoPipeline, group: list[Request], index: int, out: Path
             bar.update(chunk.shape[1])
     pipeline.scheduler = own
     for name, request in zip(names, group, strict=True):
-        _write_settings(out / f"{name}.json", request, args, chunk_frames=args.chunk_frames)
+        _write_settings(out / f"{name}.json", request, args, chunk_frames=request.chunk_frames)
     return [out / f"{name}.mp4" for name in names]
 
 
@@ -397,6 +333,9 @@ def _write(out: Path, index: int, request: Request, clip: video.Clip, args: Name
 
 
 def _write_settings(path: Path, request: Request, args: Namespace, **more: Any) -> None:
-    settings = {**asdict(request), "run": str(args.run), "weights": args.weights, **more}
+    settings = {key: value for key, value in asdict(request).items() if key != "chunk_frames"}
+    settings |= {"run": str(args.run), "weights": args.weights, **more}
+    if args.lora is not None:
+        settings |= {"lora": str(args.lora), "lora_scale": args.lora_scale}
     content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     path.write_text(content, encoding="utf-8", errors="backslashreplace")

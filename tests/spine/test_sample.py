@@ -238,7 +238,7 @@ def test_a_file_with_columns(saved, tmp_path, suffix):
 
 
 BAD_FILES = [  # name, content, the line, what is said
-    ("a.csv", "prompt,colour\nred,1\n", ":2: ", "unknown column 'colour'; known are fps, guidance_scale"),
+    ("a.csv", "prompt,colour\nred,1\n", ":2: ", "unknown column 'colour'; known are chunk_frames, fps, guidance_scale"),
     ("a.csv", "text\nred\n", ":2: ", "no prompt in this row"),
     ("a.csv", "prompt,seed\nred,1\nblue,one\n", ":3: ", "seed should be a whole number from 0 on, got 'one'"),
     ("a.csv", "prompt,seed\na red, circle,1\n", ":2: ", "more values than columns; quote a prompt that holds a comma"),

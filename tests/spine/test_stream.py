@@ -196,7 +196,7 @@ def test_sample_says_why_it_does_not_stream(saved, tmp_path, capsys):
             "--output: clips longer than the 8 frames of training are made and written chunk by chunk",
         ),
         (("--cache", "first_block"), "--cache: clips longer than the 8 frames of training"),
-        (("--chunk_frames", "3"), "chunk_frames 3 should be a multiple of 2"),
+        (("--chunk_frames", "3"), "--chunk_frames: 3 frames do not suit this model; write 4; 2, 6 would do too"),
     ):
         with pytest.raises(SystemExit):
             run(saved["ring"], tmp_path, "--num_frames", "16", *more)
