@@ -124,7 +124,7 @@ class Prompting(nn.Module):
 def _readers(branch: Any) -> Sequence[Reader | nn.Linear]:
     """What of a branch reads its input."""
     if isinstance(branch, Attention):
-        return [] if branch.to_qkv is None else [branch.to_qkv]
+        return branch.projections
     net = branch.net
     if not isinstance(net, RecurrentNet):
         raise FoldError(

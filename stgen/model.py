@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -25,6 +24,7 @@ from stgen.mixers.spec import KINDS, TCN, Recurrent, TokenMixer
 from stgen.norm_spec import check_sites, norm_of
 from stgen.norms import build, check_folds, fold
 from stgen.ops.cost import Work, linear_flops
+from stgen.peer import Peer
 from stgen.tokens import Grid, grid_of, patchify, rope_tables, sincos_positions, unpatchify
 
 
@@ -36,7 +36,7 @@ class VideoTransformerOutput(BaseOutput):
     """Where a past was given: the past of the frames after these (`stgen.attention.memory.Past`)."""
 
 
-class VideoTransformer(ModelMixin, ConfigMixin, CacheMixin):
+class VideoTransformer(Peer, ModelMixin, ConfigMixin):
     """A diffusion transformer over video latents whose attention is arranged by a plan.
 
     Args:
@@ -96,6 +96,7 @@ class VideoTransformer(ModelMixin, ConfigMixin, CacheMixin):
         self.front = registers + (not modulated)  # tokens before those of the clip
         self.patch_size = tuple(patch_size)
         self.gradient_checkpointing = False
+        self.recomputed = 1.0  # the share of layers that gradient checkpointing computes again
         patch_numbers = in_channels * patch_size[0] * patch_size[1] * patch_size[2]
 
         self.patch_embed = nn.Linear(patch_numbers, width)
@@ -129,7 +130,7 @@ class VideoTransformer(ModelMixin, ConfigMixin, CacheMixin):
         self.final_norm: Any = None if modulated else build(norm_keys, width)
         self.final_proj = nn.Linear(width, patch_numbers)
         if positions == "learned":
-            self.position_table = nn.Parameter(sincos_positions(Grid(*grid), width))
+            self.position_table = nn.Parameter(sincos_positions(Grid(*grid), width).to(torch.get_default_dtype()))
         if registers:
             self.register_table = nn.Parameter(0.02 * torch.randn(registers, width))
         # Only the modulations start at zero: with gates at 0 each layer is the identity, and the next step moves all.
@@ -178,7 +179,7 @@ class VideoTransformer(ModelMixin, ConfigMixin, CacheMixin):
             given = (grid, rope, shared)
             if self.pruner is not None:
                 x, carry, *given = self.pruner(i, x, carry, *given)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            if torch.is_grad_enabled() and self.gradient_checkpointing and self.recomputes(i):
                 out = recompute(block, x, *given, text, mask, carry)
             else:
                 out = block(x, *given, text, mask, carry)
@@ -196,6 +197,10 @@ class VideoTransformer(ModelMixin, ConfigMixin, CacheMixin):
             return VideoTransformerOutput(sample=sample) if return_dict else (sample,)
         after = replace(past, frames=past.frames + grid.t, memories={n: carry[n].memory for n in memories})
         return VideoTransformerOutput(sample=sample, past=after) if return_dict else (sample, after)
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether gradient checkpointing computes this layer again: those of its share lie evenly over depth."""
+        return int((layer + 1) * self.recomputed) > int(layer * self.recomputed)
 
     def _times(self, timestep: Tensor | float, grid: Grid, text: Tensor) -> Tensor:
         """The time of each clip [B], or of each of its token frames [B, frames]."""
@@ -369,17 +374,16 @@ class VideoTransformer(ModelMixin, ConfigMixin, CacheMixin):
                 told(loss)
 
     def measured(self) -> dict[str, float]:
-        """What parts of the model tell of their last forward pass, by `attention/{layer}/{name}`; the largest of a layer.
+        """What parts of the model tell of their last forward pass, by `attention/{layer}/{name}`.
 
+        Where several mixers of a layer tell of one name, by `attention/{layer}/{mixer}/{name}`; where several runs of a
+        mixer's heads do, by `attention/{layer}/{mixer}/heads.{first}-{last}/{name}`. Of what is left alike, the largest.
         What pruning leaves the last layer is told by `pruning/tokens` and `pruning/heads`.
         """
         found: dict[str, float] = {}
         for i, block in enumerate(self.blocks):
-            for module in block.modules():
-                told: Any = getattr(module, "measured", {})
-                for name, value in told.items() if module is not self else ():
-                    key = f"attention/{i}/{name}"
-                    found[key] = max(found.get(key, -float("inf")), float(value))
+            assert isinstance(block, Block)
+            found |= {f"attention/{i}/{name}": value for name, value in _told(block).items()}
         kept = {} if self.pruner is None else self.pruner.measured
         return found | {f"pruning/{name}": share for name, share in kept.items()}
 
@@ -399,6 +403,28 @@ class VideoTransformer(ModelMixin, ConfigMixin, CacheMixin):
         if self.pruner is None:
             return block.work(grid, text_tokens)
         return self.pruner.work(layer, block, grid, text_tokens)
+
+
+def _told(block: Block) -> dict[str, float]:
+    """What the parts of a layer tell, by name, and by mixer and heads where more than one of those tells of it."""
+    owners: dict[nn.Module, str] = {}
+    for mixer in (mixer for branch in block.branches for mixer in getattr(branch, "mixers", ())):
+        owners |= dict.fromkeys(mixer.modules(), f"{mixer.use.name}/")
+        for run in mixer.runs if len(mixer.runs) > 1 else ():
+            shared = [] if run.approximation is None else run.approximation.modules()  # all heads of a mixer have one
+            first, last = run.group.first, run.group.first + run.group.count - 1
+            owners |= dict.fromkeys(set(run.modules()).difference(shared), f"{mixer.use.name}/heads.{first}-{last}/")
+    found: dict[str, dict[str, float]] = {}
+    for module in block.modules():
+        told: Any = getattr(module, "measured", {})
+        for name, value in told.items():
+            by_owner, owner = found.setdefault(name, {}), owners.get(module, "")
+            by_owner[owner] = max(by_owner.get(owner, -math.inf), float(value))
+    return {
+        f"{owner if len(by_owner) > 1 else ''}{name}": value
+        for name, by_owner in found.items()
+        for owner, value in by_owner.items()
+    }
 
 
 def spec_of(name: str, mixers: dict[str, dict[str, Any]]) -> AttentionMixer | TokenMixer:

@@ -18,7 +18,8 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from stgen import codec as codecs
-from stgen import model, saved, text  # noqa: F401  (a saved pipeline names these modules; they must be loaded to be found)
+from stgen import fetched, model, saved, text  # noqa: F401  (a saved pipeline names these modules; they must be loaded to be found)
+from stgen.lora import LoraLoader
 from stgen.objective import Objective
 from stgen.tokens import Grid, grid_of
 
@@ -83,7 +84,7 @@ def set_steps(scheduler: Any, steps: int, path: str, device: torch.device | str)
         scheduler.set_timesteps(steps, device=device)
 
 
-class VideoPipeline(DiffusionPipeline):
+class VideoPipeline(DiffusionPipeline, LoraLoader):
     """Text-to-video sampling with a VideoTransformer.
 
     Args:
@@ -119,25 +120,41 @@ class VideoPipeline(DiffusionPipeline):
         self.objective = Objective(**(objective or {}))
         self.video_processor = VideoProcessor(vae_scale_factor=1)  # the codec judges sizes
         self._codec_face: tuple[Any, codecs.Codec] | None = None
+        self._interrupt = False
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the pipeline as one folder of JSON and safetensors, whatever form is asked for; options are diffusers'."""
+        super().save_pretrained(save_directory, **{**options, "safe_serialization": True})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "VideoPipeline":
-        """A pipeline from the local folder that `save_pretrained` wrote; options are those of diffusers.
+        """A pipeline from a folder that `save_pretrained` wrote, or from a hub id; options are those of diffusers.
 
-        Raises SavedError where the folder holds or names anything else: it may come from anywhere (stgen/saved.py).
+        Raises SavedError where it holds or names anything else: it may come from anywhere (stgen/saved.py).
         """
-        folder = saved.check(pretrained_model_name_or_path)
-        loaded: Any = super().from_pretrained(
-            folder, **{**options, "use_safetensors": True, "trust_remote_code": False}
-        )
-        for name, component in loaded.components.items():
-            if isinstance(component, torch.nn.Module) and name not in options:
-                saved.check_weights(folder / name, component.state_dict(), _tied(component))
+        with fetched.opened(pretrained_model_name_or_path, options) as folder:
+            loaded: Any = super().from_pretrained(
+                folder, **{**options, "use_safetensors": True, "trust_remote_code": False}
+            )
+            for name, component in loaded.components.items():
+                if isinstance(component, torch.nn.Module) and name not in options:
+                    saved.check_weights(folder / name, component.state_dict(), _tied(component))
         return loaded
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> "VideoPipeline":
+        """A pipeline of the components and settings of another; options take their place."""
+        taken = {name: part for name, part in pipeline.components.items() if name in saved.COMPONENTS}
+        return super().from_pipe(pipeline, **{**taken, **options})  # type: ignore[return-value]
 
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the steps that are left of this call are passed over; a callback asks for it by `_interrupt = True`."""
+        return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
@@ -148,11 +165,17 @@ class VideoPipeline(DiffusionPipeline):
         """The noise level that the model is told now, 0 to 1000."""
         return self._current_timestep
 
-    def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] and mask [B, L]; needs no component but the text encoder and its tokenizer."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        length = self.config.sampling.get("max_length", 128)
-        return text.encode(self.text_encoder, self.tokenizer, prompts, length)
+    def encode_prompt(
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embeddings [B, L, D] and mask [B, L] of the prompts, then those of what guidance leads them away from.
+
+        Needs no component but the text encoder and its tokenizer; a call takes the four by the names they have here.
+        """
+        prompt_embeds, prompt_attention_mask = self._encode(prompt)
+        away = _for_each(negative_prompt, len(prompt_embeds))
+        negative_prompt_embeds, negative_prompt_attention_mask = self._encode(away)
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape of a clip's latents. Raises PipelineError or CodecError for a size that cannot be sampled."""
@@ -219,14 +242,13 @@ class VideoPipeline(DiffusionPipeline):
         num_frames, height, width = self._size(num_frames, height, width)
         steps = self._usual("num_inference_steps", num_inference_steps)
         self._guidance_scale = self._usual("guidance_scale", guidance_scale)
+        self._interrupt = False
         device = self._execution_device
         self._check_call(steps, num_videos_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         shape = self.latent_shape(num_frames, height, width)
 
         positive = self._embeddings(prompt, prompt_embeds, prompt_attention_mask)
-        negative = self._negative(
-            negative_prompt, len(positive[0]), negative_prompt_embeds, negative_prompt_attention_mask
-        )
+        negative = self._negative(negative_prompt, positive, negative_prompt_embeds, negative_prompt_attention_mask)
         prompt_embeds, mask, negative_prompt_embeds, negative_mask = (
             x.repeat_interleave(num_videos_per_prompt, 0) for x in (*positive, *negative)
         )
@@ -236,8 +258,10 @@ class VideoPipeline(DiffusionPipeline):
         set_steps(self.scheduler, steps, self.objective.path, device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        with self._bar(len(timesteps)) as bar:
+        with self._bar(self._num_timesteps) as bar:
             for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
                 z = self._step(z, i, timestep, (prompt_embeds, mask), (negative_prompt_embeds, negative_mask), given)
                 if callback_on_step_end is not None:
                     tensors = {"latents": z, "prompt_embeds": prompt_embeds}
@@ -291,7 +315,7 @@ class VideoPipeline(DiffusionPipeline):
         """
         num_frames, height, width = self._size(num_frames, height, width)
         steps = self._usual("num_inference_steps", num_inference_steps)
-        scale = self._usual("guidance_scale", guidance_scale)
+        scale = self._guidance_scale = self._usual("guidance_scale", guidance_scale)
         self._check_call(steps, 1, output_type, ())
         if reason := self.stream_refusal():
             raise PipelineError(reason)
@@ -308,7 +332,7 @@ class VideoPipeline(DiffusionPipeline):
                 f"chunk_frames {chunk_frames} should be a multiple of {joined}, the frames the codec joins"
             )
         positive = self._embeddings(prompt, None, None)
-        negative = self._negative(negative_prompt, len(positive[0]), None, None)
+        negative = self._negative(negative_prompt, positive, None, None)
         sizes = _cut(shape[1], chunk or self.transformer.chunk_frames)
         memories = len(positive[0]) * (2 if scale > 1 else 1)  # under guidance one for each prompt
         low = torch.bfloat16 if self.config.sampling.get("mixed_precision") == "bf16" else None
@@ -341,7 +365,8 @@ class VideoPipeline(DiffusionPipeline):
             self._guidance_scale = scale  # there may have been a call since the last chunk
             z = _held(self._noise(None, shape, generator, device), given)
             set_steps(self.scheduler, steps, self.objective.path, device)
-            with self._bar(len(self.scheduler.timesteps)) as bar:
+            self._num_timesteps = len(self.scheduler.timesteps)
+            with self._bar(self._num_timesteps) as bar:
                 for i, timestep in enumerate(self.scheduler.timesteps):
                     z = self._step(z, i, timestep, positive, negative, given, past)
                     bar.update()
@@ -355,18 +380,30 @@ class VideoPipeline(DiffusionPipeline):
     def _usual(self, name: str, value: Any) -> Any:
         """A value, in place of None that of training or a usual one."""
         usual = {"num_inference_steps": 20, "guidance_scale": 3.0, **self.config.sampling}
+        if value is None and name not in usual:
+            raise PipelineError(f"{name}: this pipeline was made without a usual one; give it")
         return usual[name] if value is None else value
 
     def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
         return self._usual("num_frames", num_frames), self._usual("height", height), self._usual("width", width)
 
     def _negative(
-        self, prompt: str | list[str] | None, count: int, embeds: Tensor | None, mask: Tensor | None
+        self,
+        prompt: str | list[str] | None,
+        positive: tuple[Tensor, Tensor],
+        embeds: Tensor | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings and mask of what guidance leads `count` prompts away from."""
-        if prompt is None or isinstance(prompt, str):
-            prompt = [prompt or ""] * count
-        negative = self._embeddings(prompt, embeds, mask)
+        """Embeddings and mask of what guidance leads the prompts away from."""
+        count = len(positive[0])
+        if embeds is None and self.text_encoder is None:
+            if self._guidance_scale > 1:
+                raise PipelineError(
+                    "negative_prompt_embeds: guidance needs them, and there is no text encoder to make them; give those of "
+                    "encode_prompt, or guidance_scale 1"
+                )
+            return positive  # never looked at
+        negative = self._embeddings(_for_each(prompt, count), embeds, mask)
         if len(negative[0]) != count:
             raise PipelineError(f"negative_prompt: {len(negative[0])} given for {count} prompts")
         return negative
@@ -394,11 +431,21 @@ class VideoPipeline(DiffusionPipeline):
         if embeds is None:
             if prompt is None or prompt == []:
                 raise PipelineError("give prompt or prompt_embeds")
-            embeds, mask = self.encode_prompt(prompt)
+            if self.text_encoder is None:
+                raise PipelineError("prompt: there is no text encoder; give prompt_embeds")
+            embeds, mask = self._encode(prompt)
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
         device = self._execution_device
         return embeds.to(device, self.transformer.dtype), mask.to(device, torch.bool)
+
+    def _encode(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, L, D] and mask [B, L] of one prompt or several."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if self.tokenizer is None and not hasattr(self.text_encoder, "tokenize"):
+            raise PipelineError(f"tokenizer: {type(self.text_encoder).__name__} needs one, and there is none; give it")
+        length = self.config.sampling.get("max_length", 128)
+        return text.encode(self.text_encoder, self.tokenizer, prompts, length)
 
     def clips(self, prompts: list[str], seeds: list[int], negative_prompts: list[str], **options: Any) -> list[Tensor]:
         """One clip, uint8 [T, 3, H, W] on the CPU, for each prompt and seed; options are those of a call.
@@ -468,6 +515,7 @@ class VideoPipeline(DiffusionPipeline):
         t = self.scheduler.sigmas[i] if self.objective.path == "flow" else timestep / self.objective.num_train_timesteps
         told = t * 1000 if self.objective.path == "flow" else timestep
         self._current_timestep = float(told)
+        self._place = {"step_index": i, "sigma": float(t), "num_inference_steps": self._num_timesteps}  # for caches
         told = torch.as_tensor(told, dtype=torch.float32, device=latents.device)
         if clean:
             told = told.repeat(latents.shape[2])  # [T]
@@ -487,7 +535,7 @@ class VideoPipeline(DiffusionPipeline):
         times = told.expand(len(inputs), *told.shape)  # [B] or [B, T]
         bf16 = self.config.sampling.get("mixed_precision") == "bf16"
         caches = getattr(self.transformer, "is_cache_enabled", False)
-        cached = self.transformer.cache_context("denoise") if caches else nullcontext()
+        cached = self.transformer.cache_context("denoise", **self._place) if caches else nullcontext()
         remembered = {} if past is None else {"past": past}
         with cached, torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
             inputs = inputs.to(self.transformer.dtype)
@@ -502,6 +550,13 @@ def _tied(module: torch.nn.Module) -> dict[str, str]:
     """For each parameter the first name of the tensor that it shares with others."""
     first: dict[int, str] = {}
     return {key: first.setdefault(id(p), key) for key, p in module.named_parameters(remove_duplicate=False)}
+
+
+def _for_each(negative_prompt: str | list[str] | None, count: int) -> list[str]:
+    """What guidance leads each of `count` prompts away from: as given, one for all, or the empty prompt."""
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt or ""] * count
+    return negative_prompt
 
 
 def _cut(total: int, size: int) -> list[int]:

@@ -26,14 +26,18 @@ COMPONENTS: dict[str, tuple[tuple[str, str], ...]] = {  # slot: (library, patter
     "tokenizer": (("transformers", r"(?!Auto)\w+(Tokenizer(Fast)?|Backend)"),),
     "scheduler": (("diffusers", r"\w+Scheduler"),),
 }
+SHIM = "pipeline.py"
+SHIM_TEXT = "from stgen.pipeline import VideoPipeline  # noqa: F401\n"
+SHIM_CLASS = ["pipeline", "VideoPipeline"]  # so plain diffusers, told to trust it, finds the class by way of the shim
 FILES = re.compile(
     r"(config|model_index|scheduler_config|generation_config|tokenizer|tokenizer_config|special_tokens_map"
-    r"|added_tokens|vocab|[\w.-]+\.safetensors\.index)\.json|[\w.-]+\.(safetensors|model|txt|md|jinja)|LICENSE"
+    r"|added_tokens|vocab|[\w.-]+\.safetensors\.index(\.\w+)?)\.json|[\w.-]+\.(safetensors|model|txt|md|jinja|png|mp4)|LICENSE"
 )
 REDIRECTS = (  # keys by which a config sends its reader to other code or to the network
     "auto_map", "custom_pipelines", "quantization_config", "attn_implementation", "_attn_implementation",
     "_attn_implementation_internal", "base_model_name_or_path", "peft_config",
 )  # fmt: skip
+UNCLIPPED = ("lambda_min_clipped", -float("inf"))  # what DPM++ writes for no limit
 
 
 class Sampling(Section):
@@ -56,25 +60,31 @@ class SavedError(ValueError):
     """A folder that is no saved pipeline, or names what none may name; one sentence with the file and the key."""
 
 
-def check(folder: str | Path) -> Path:
+def check(folder: str | Path, within: Path | None = None) -> Path:
     """The folder of a saved pipeline, once everything in it is what `save_pretrained` writes.
 
+    within: the folder that links may lead to; None takes this one.
     Raises SavedError naming the file, and the key, of what is not: a link out of the folder, a file of another kind,
     a library or class beside those of COMPONENTS, a config that sends its reader elsewhere, a number out of bounds.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise SavedError(
-            f"{folder} is no folder with a {INDEX}; a pipeline is loaded from a local folder: download it first"
+            f"{folder} is no folder with a {INDEX}; name a saved pipeline, such as RUN/final, or a hub id (OWNER/NAME)"
         )
-    files = _files(folder)
+    files = _files(folder, within or folder)
     _check_index(folder / INDEX, _read(folder / INDEX))
     for file in files:
-        if file.name.endswith(".index.json"):
+        if ".safetensors.index." in file.name:
             _check_shards(file, _read(file))
         elif file.name.endswith("config.json"):
             _check_config(file, _read(file))
     return folder
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """The content of a saved pipeline's index. Raises SavedError where it cannot be read."""
+    return _read(folder / INDEX)
 
 
 def check_file(file: Path, folder: Path) -> None:
@@ -90,19 +100,24 @@ def check_file(file: Path, folder: Path) -> None:
         raise SavedError(f"{file} is not a regular file")
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, within: Path) -> list[Path]:
     """The files of the folder, all of which have been judged by their names and places."""
     files = []
     for entry in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in entry.relative_to(folder).parts) or _is_folder(entry):
             continue
-        check_file(entry, folder)
-        if not FILES.fullmatch(entry.name):
+        check_file(entry, within)
+        if not FILES.fullmatch(entry.name) and not _is_shim(entry, folder):
             raise SavedError(
                 f"{entry}: a saved pipeline holds safetensors, JSON and vocabularies only; remove this file"
             )
         files.append(entry)
     return files
+
+
+def _is_shim(entry: Path, folder: Path) -> bool:
+    """Whether a file is the one line of code that `stgen export --self-describing` writes; nothing here runs it."""
+    return entry == folder / SHIM and entry.stat().st_size < 1000 and entry.read_text(errors="replace") == SHIM_TEXT
 
 
 def _is_folder(entry: Path) -> bool:
@@ -123,14 +138,15 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_index(file: Path, index: dict[str, Any]) -> None:
-    if index.get("_class_name") != "VideoPipeline":
+    if index.get("_class_name") not in ("VideoPipeline", SHIM_CLASS):
         raise SavedError(f"{file}: _class_name is {_shown(index.get('_class_name'))}, not VideoPipeline")
     for key, value in index.items():
         if key in COMPONENTS:
             if not _is_allowed(key, value):
                 raise SavedError(f"{file}: {key} names {_shown(value)}, which no pipeline of stgen holds")
         elif key in SETTINGS:
-            _check_settings(file, key, value)
+            if value:  # saved without any: then each call says what it wants
+                _check_settings(file, key, value)
         elif not key.startswith("_"):
             raise SavedError(f"{file}: unknown key {key[:80]!r}")
     if absent := [key for key in COMPONENTS if key not in index and key != "tokenizer"]:
@@ -162,7 +178,8 @@ def _check_config(file: Path, content: dict[str, Any]) -> None:
             raise SavedError(
                 f"{file}: {key} sends its reader to other code or files, which is never followed; remove it"
             )
-    if file.name != "tokenizer_config.json" and (fault := limits.slip(content)):  # there 1e30 means no limit
+    bounded = {key: value for key, value in content.items() if (key, value) != UNCLIPPED}
+    if file.name != "tokenizer_config.json" and (fault := limits.slip(bounded)):  # there 1e30 means no limit
         raise SavedError(f"{file}: {fault}")
 
 

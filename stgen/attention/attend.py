@@ -21,6 +21,7 @@ from stgen.attention import layout, normalisers, spec
 from stgen.attention.approximate import Approximation
 from stgen.attention.cascade import PRUNED, place_apart
 from stgen.attention.memory import Infini, Ring, RingState, State
+from stgen.attention.packed import Packed
 from stgen.attention.pattern import Frame, Pattern, PatternError, Remade, Setting
 from stgen.attention.patterns import AllOf, is_fixed, leaves
 from stgen.attention.patterns.causal import Causal
@@ -53,8 +54,13 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.gain)
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """x normed; without x the gain, for what norms and does more in one pass.
+
+        The gain too is read by a call: what offloads weights brings those of a module back when it is called, and away
+        afterwards (hence a view, which stays).
+        """
+        return self.gain.view_as(self.gain) if x is None else rms_norm(x, self.gain)
 
 
 class Heads(nn.Module):
@@ -101,7 +107,7 @@ class Heads(nn.Module):
         if self.features is not None:
             return self._unfold(self._sum_features(self.features, q, k, v, grid), grid), None
         support = support or self._support(q, k, grid)
-        return self._unfold(self._weigh(q, k, v, support, self._key_mask(grid, q)), grid), support
+        return self._unfold(self._weigh(q, k, v, support, self._key_mask(grid, q), self._rows(grid, q)), grid), support
 
     def with_map(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """What the heads put out [B, N, heads, D], and the weights that they used [S, heads, n, m]."""
@@ -114,7 +120,8 @@ class Heads(nn.Module):
         """The weights themselves: [S, heads, n, m], sink tokens and then registers first among the m keys."""
         q, k = self._entering(q, "q", grid), self._entering(k, "k", grid)
         support = self._support(q, k, grid)
-        return self._map(q, self._with_sink(k, self.sink.k, support), support, self._key_mask(grid, q))
+        k = self._with_sink(k, self.sink.k, support)
+        return self._map(q, k, support, self._key_mask(grid, q), self._rows(grid, q))
 
     def apply_map(self, weights: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Weights, of this layer or an earlier one, on values [B, N, heads, D] -> the same shape."""
@@ -163,11 +170,13 @@ class Heads(nn.Module):
         front = self._front(grid)
         return self.selection(q[:, :, front:], k[:, :, front:], grid)
 
-    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, support: Support | None, mask: Tensor | None) -> Tensor:
+    def _weigh(
+        self, q: Tensor, k: Tensor, v: Tensor, support: Support | None, mask: Tensor | None, rows: Tensor | None = None
+    ) -> Tensor:
         """q [S, heads, n, D] on k, v [S, heads, m, D] and the sink -> [S, heads, n, D]."""
         k, v = self._with_sink(k, self.sink.k, support), self._with_sink(v, self.sink.v, support)
         if self.makes_map:
-            return self._map(q, k, support, mask) @ v
+            return self._map(q, k, support, mask, rows) @ v
         if support is None:
             return dense_attention(q, k, v, mask, normaliser=self.normaliser, sink=self.sink.logit(q))
         return block_sparse_attention(q, k, v, support, self.normaliser, self.sink.logit(q))
@@ -206,10 +215,16 @@ class Heads(nn.Module):
         boxes = self.layout.boxes(grid) if plain and not self.registers else None
         return boxes if boxes is not None and takes_kernels(x, boxes, self.sink.v) else None
 
-    def _map(self, q: Tensor, k: Tensor, support: Support | None, mask: Tensor | None) -> Tensor:
+    def _map(
+        self, q: Tensor, k: Tensor, support: Support | None, mask: Tensor | None, rows: Tensor | None = None
+    ) -> Tensor:
         """The weights of q [S, heads, n, D] on keys k [S, heads, m, D], the sink's among them: [S, heads, n, m]."""
         weights = attention_map(q, k, mask, support, self.normaliser, self.sink.logit(q), self.polynomial)
-        return weights if self.approximation is None else self.approximation(weights, "map")
+        if self.approximation is None:
+            return weights
+        if rows is not None:  # what padding attends has no part in how the others are rounded
+            weights = weights.masked_fill(~rows.repeat(len(weights) // len(rows), 1)[:, None, :, None], 0)
+        return self.approximation(weights, "map")
 
     @property
     def makes_map(self) -> bool:
@@ -230,7 +245,7 @@ class Heads(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor, support: Support | None) -> Tensor:
             if support is not None and self.sink.count:
                 support = support.extended(0, self.sink.count)
-            return self._weigh(q, k, v, support, None)
+            return self._weigh(q, k, v, support, None, self._rows(grid, q))
 
         if self.selection.numbers.schedules:
             self.remade.become(pattern)
@@ -286,6 +301,16 @@ class Heads(nn.Module):
         if mask is None:
             return None
         return pad(mask, (self.sink.count + self.registers, 0), value=True).repeat(len(q) // len(mask), 1)
+
+    def _rows(self, grid: Grid, q: Tensor) -> Tensor | None:
+        """Which rows of a map that is rounded are those of tokens or registers: [sequences of a clip, n]; None for all."""
+        if self.approximation is None or not self.approximation.needs_map:
+            return None
+        present, front = self.layout.key_mask(grid, q.device), self._front(grid)
+        if present is None and front == self.registers:
+            return None
+        present = q.new_ones(1, q.shape[2] - front, dtype=torch.bool) if present is None else present
+        return pad(pad(present, (front - self.registers, 0)), (self.registers, 0), value=True)
 
     # ------------------------------------------------------------------------------------------------------- cost
 
@@ -460,32 +485,16 @@ class Mixer(nn.Module):
         return Work(work.executed + sequences * recall, sequences * attention_flops(every, every, width))
 
 
-class Attention(nn.Module):
-    """Self-attention whose heads are shared evenly by the mixers of a branch (one mixer: all heads)."""
+class MixersProcessor:
+    """How `Attention` computes: each of its mixers on its share of the projections, their outputs side by side."""
 
-    def __init__(
-        self, width: int, heads: int, uses: tuple[Use, ...], grid: Grid, qk_norm: bool = True, registers: int = 0
-    ):
-        super().__init__()
-        head_dim = width // heads
-        self.head_dim, self.registers = head_dim, registers
-        self.mixers: Any = nn.ModuleList(Mixer(use, head_dim, grid, registers) for use in uses)
-        self.sizes = [use.heads * head_dim * len(PROJECTED[use.takes]) for use in uses]
-        projected = "".join(PROJECTED[use.takes] for use in uses)
-        self.to_qkv = nn.Linear(width, sum(self.sizes)) if projected else None
-        self.q_norm = HeadNorm(head_dim) if qk_norm and "q" in projected else None
-        self.k_norm = HeadNorm(head_dim) if qk_norm and "k" in projected else None
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, grid: Grid, rope: tuple[Tensor, Tensor] | None, carry: Carry) -> tuple[Tensor, Carry]:
-        """x [B, registers + N, C] -> the same shape, and the carry with what this layer leaves for later ones.
-
-        `rope` holds the tables of `tokens.rope_tables` for the grid, with a row that turns nothing for each register.
-        """
-        parts = [x] * len(self.sizes) if self.to_qkv is None else self.to_qkv(x).split(self.sizes, dim=-1)
+    def __call__(
+        self, attn: "Attention", x: Tensor, grid: Grid, rope: tuple[Tensor, Tensor] | None, carry: Carry
+    ) -> tuple[Tensor, Carry]:
+        parts = attn.project(x).split(attn.sizes, dim=-1) if attn.pieces else [x] * len(attn.sizes)
         outputs = []
-        for mixer, part in zip(self.mixers, parts, strict=True):
-            q, k, v = self._projected(part, PROJECTED[mixer.use.takes], rope if mixer.memory is None else None)
+        for mixer, part in zip(attn.mixers, parts, strict=True):
+            q, k, v = attn.projected(part, PROJECTED[mixer.use.takes], rope if mixer.memory is None else None)
             if PRUNED in carry:  # no layer takes from another then
                 out, carry = carry[PRUNED].mixed(mixer, q, k, v, grid, carry)
             else:
@@ -497,20 +506,52 @@ class Attention(nn.Module):
                 carry = {**carry, mixer.use.number: kept} if leaves_some else carry
             outputs.append(out)
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        return self.to_out(out.flatten(2)), carry
+        return attn.to_out(out.flatten(2)), carry
+
+
+class Attention(nn.Module, Packed):
+    """Self-attention whose heads are shared evenly by the mixers of a branch (one mixer: all heads)."""
+
+    _default_processor_cls = MixersProcessor
+    _available_processors = [MixersProcessor]
+    is_cross_attention = False
+    packed = "to_qkv"
+
+    def __init__(
+        self, width: int, heads: int, uses: tuple[Use, ...], grid: Grid, qk_norm: bool = True, registers: int = 0
+    ):
+        super().__init__()
+        head_dim = width // heads
+        self.heads, self.head_dim, self.registers = heads, head_dim, registers
+        self.mixers: Any = nn.ModuleList(Mixer(use, head_dim, grid, registers) for use in uses)
+        self.sizes = [use.heads * head_dim * len(PROJECTED[use.takes]) for use in uses]
+        self.pieces = [(name, use.heads * head_dim) for use in uses for name in PROJECTED[use.takes]]
+        projected = "".join(PROJECTED[use.takes] for use in uses)
+        self.to_qkv = nn.Linear(width, sum(self.sizes)) if projected else None
+        self.q_norm = HeadNorm(head_dim) if qk_norm and "q" in projected else None
+        self.k_norm = HeadNorm(head_dim) if qk_norm and "k" in projected else None
+        self.to_out = nn.Linear(width, width)
+        self.processor = MixersProcessor()
+
+    def forward(self, x: Tensor, grid: Grid, rope: tuple[Tensor, Tensor] | None, carry: Carry) -> tuple[Tensor, Carry]:
+        """x [B, registers + N, C] -> the same shape, and the carry with what this layer leaves for later ones.
+
+        `rope` holds the tables of `tokens.rope_tables` for the grid, with a row that turns nothing for each register.
+        """
+        return self.processor(self, x, grid, rope, carry)
 
     def new_memories(self, batch: int, chunk: Grid, like: Tensor) -> dict[int, Any]:
         """What its mixers carry over time, of a video that has not begun, by number of the use."""
         new = {mixer.use.number: mixer.new_memory(batch, chunk, like) for mixer in self.mixers}
         return {number: memory for number, memory in new.items() if memory is not None}
 
-    def _projected(self, part: Tensor, names: str, rope: tuple[Tensor, Tensor] | None) -> Any:
+    def projected(self, part: Tensor, names: str, rope: tuple[Tensor, Tensor] | None) -> Any:
         """Queries, keys and values [B, registers + N, heads, D], normed and placed; None for those not in `names`."""
         if not names:
             return None, None, None
         packed = part.unflatten(-1, (len(names), -1, self.head_dim))  # [B, registers + N, 3, heads, D]
         if names == "qkv":
-            gain_q, gain_k = (None if norm is None else norm.gain for norm in (self.q_norm, self.k_norm))
+            gain_q, gain_k = (None if norm is None else norm() for norm in (self.q_norm, self.k_norm))
             if rope is not None and rope[0].ndim == 3:
                 return place_apart(norm_rope, packed, gain_q, gain_k, rope)
             return norm_rope(packed, gain_q, gain_k, rope)
@@ -531,25 +572,39 @@ class Attention(nn.Module):
         return sum((mixer.work(grid) for mixer in self.mixers), Work(projections, projections))
 
 
-class CrossAttention(nn.Module):
+class PromptProcessor:
+    """How `CrossAttention` computes: every token attends the words that are not masked."""
+
+    def __call__(self, attn: "CrossAttention", x: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
+        q = attn.to_q(x).unflatten(-1, (attn.heads, attn.head_dim))  # [B, N, heads, D]
+        k, v = attn.project(text).unflatten(-1, (2, attn.heads, attn.head_dim)).unbind(2)  # [B, L, heads, D]
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), text_mask)
+        return attn.to_out(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module, Packed):
     """Tokens attend the prompt; masked prompt places have no effect."""
+
+    _default_processor_cls = PromptProcessor
+    _available_processors = [PromptProcessor]
+    is_cross_attention = True
+    packed = "to_kv"
 
     def __init__(self, width: int, heads: int, qk_norm: bool = True):
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
+        self.pieces = [("k", width), ("v", width)]
         self.to_q = nn.Linear(width, width)
         self.to_kv = nn.Linear(width, 2 * width)
         self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(width, width)
+        self.processor = PromptProcessor()
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
         """x [B, N, C], text [B, L, C], text_mask [B, L] or None for all -> [B, N, C]."""
-        q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))  # [B, N, heads, D]
-        k, v = self.to_kv(text).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)  # [B, L, heads, D]
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), text_mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.processor(self, x, text, text_mask)
 
     def flops(self, tokens: int, text_tokens: int) -> int:
         width = self.heads * self.head_dim

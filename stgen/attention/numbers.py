@@ -53,9 +53,9 @@ class Numbers(nn.Module):
 
     @property
     def measured(self) -> dict[str, float]:
-        """The values by their keys, such as `ratio`, or `any.0.ratio` within a list."""
-        self._read()
-        return dict(zip((".".join(map(str, path)) for path in self.schedules), self._values, strict=True))
+        """The values by their keys, such as `ratio`, or `any.0.ratio` within a list, as they are computed with."""
+        now = self.now
+        return {".".join(map(str, path)): _at(now, path) for path in self.schedules}
 
     def _become(self, values: list[float]) -> None:
         if values != self._values:
@@ -91,3 +91,10 @@ class Numbers(nn.Module):
 
     def _stamp_now(self) -> tuple[int, int]:
         return self.reached.data_ptr(), -1 if self.reached.is_inference() else self.reached._version
+
+
+def _at(section: Any, path: tuple[str | int, ...]) -> Any:
+    """What stands in a section at a path of names, and of numbers within lists."""
+    for part in path:
+        section = section[part] if isinstance(part, int) else getattr(section, part)
+    return section

@@ -82,7 +82,14 @@ class Selection(nn.Module):
         if is_fixed(pattern):
             return allowed & self.fixed(pattern, grid, q.device)
         if isinstance(pattern, AnyOf):
-            return reduce(or_, [self._choose(part, q, k, allowed, grid, choosers) for part in pattern.any])
+            # A fixed part may be empty, such as `global` whose frames have fallen to 0: what is chosen is not.
+            parts = [
+                allowed & self.fixed(part, grid, q.device, may_be_empty=True)
+                if is_fixed(part)
+                else self._choose(part, q, k, allowed, grid, choosers)
+                for part in pattern.any
+            ]
+            return reduce(or_, parts)
         if isinstance(pattern, AllOf):
             fixed = [self.fixed(part, grid, q.device) for part in pattern.all if is_fixed(part)]
             allowed = reduce(and_, fixed, allowed)
@@ -90,12 +97,19 @@ class Selection(nn.Module):
             return reduce(and_, [self._choose(part, q, k, allowed, grid, choosers) for part in chosen])
         return next(choosers)(q, k, allowed)
 
-    def fixed(self, pattern: Pattern, grid: Grid, device: torch.device | str, extended: bool = False) -> Support:
+    def fixed(
+        self,
+        pattern: Pattern,
+        grid: Grid,
+        device: torch.device | str,
+        extended: bool = False,
+        may_be_empty: bool = False,
+    ) -> Support:
         """The support of a pattern of positions among the places that hold a token, built once for a grid."""
         key = (grid, torch.device(device), pattern.model_dump_json(), extended)
         if key not in self._known:
             support = build(pattern, self.layout, self.setting.tile, grid, self.setting.layer, device)
-            if not support.kept.any():
+            if not support.kept.any() and not may_be_empty:
                 raise PatternError(
                     f"pattern: {pattern.kind} leaves no query a key on the grid {grid}; does it name tokens of that grid?"
                 )

@@ -118,8 +118,8 @@ def test_latents_given(pipeline):
 
 
 def test_embeddings_given(pipeline):
-    embeds, mask = pipeline.encode_prompt(PROMPTS)
-    none, none_mask = pipeline.encode_prompt([""] * 3)
+    embeds, mask, *_ = pipeline.encode_prompt(PROMPTS)
+    none, none_mask, *_ = pipeline.encode_prompt([""] * 3)
     given = dict(prompt_embeds=embeds, prompt_attention_mask=mask)
     both = dict(negative_prompt_embeds=none, negative_prompt_attention_mask=none_mask)
     expected = sample(pipeline, PROMPTS)
@@ -144,7 +144,7 @@ def test_the_negative_prompt_matters_under_guidance_alone(pipeline):
 
 def test_guidance_of_one_is_the_conditional_model_alone(pipeline):
     latents = torch.randn(1, *LATENTS, generator=seeded())
-    embeds, mask = pipeline.encode_prompt("a red circle")
+    embeds, mask, *_ = pipeline.encode_prompt("a red circle")
     pushed = sample(pipeline, guidance_scale=1.0, output_type="latent")
     with torch.no_grad():
         for time in (1.0, 2 / 3, 1 / 3):
