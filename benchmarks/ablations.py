@@ -47,7 +47,6 @@ def run(cell: study.Cell, path: Path, folder: Path, steps: int) -> dict:
         "gflop_per_step": found["flops_per_step"] / 1e9,
         "dense_gflop_per_step": found["dense_flops_per_step"] / 1e9,
         "steps": found["steps"],
-        "train_seconds": found["seconds"]["train"],
     }
 
 

@@ -69,16 +69,22 @@ class Ramp(Section):
     """Optimiser steps that the change takes."""
     warmup_steps: NonNegativeInt = 0
     """Steps at the first value before the change."""
+    every: PositiveInt = 1
+    """The value changes only every so many steps (the literature's quantization_interval); the end is reached on time."""
 
     @property
     def values(self) -> list[float]:
         return [self.start, self.end]
 
     def __str__(self) -> str:
-        return f"{self.start:g} to {self.end:g}, {self.kind} over {self.steps} steps"
+        moves = f", changing every {self.every}" if self.every > 1 else ""
+        return f"{self.start:g} to {self.end:g}, {self.kind} over {self.steps} steps{moves}"
 
     def at(self, step: int) -> float:
-        return COURSES[self.kind](self.start, self.end, (step - self.warmup_steps) / self.steps)
+        done = step - self.warmup_steps
+        if done < self.steps:
+            done -= done % self.every
+        return COURSES[self.kind](self.start, self.end, done / self.steps)
 
 
 class Linear(Ramp):

@@ -9,10 +9,12 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -47,6 +49,7 @@ class Combination:
 class Split:
     seen: tuple[Combination, ...]
     held_out: tuple[Combination, ...]
+    around: bool = False  # whether shapes that leave the frame come back on the other side
 
 
 ALL = tuple(Combination(*values) for values in product(COLOURS, KINDS, DIRECTIONS))
@@ -76,13 +79,16 @@ def _pairs(combo: Combination) -> set[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------- rendering
 
 
-def coverage(kind: str, centre: Tensor, radius: Tensor, height: int, width: int) -> Tensor:
+def coverage(kind: str, centre: Tensor, radius: Tensor, height: int, width: int, around: bool = False) -> Tensor:
     """How much of each pixel the shape covers: [..., H, W] in [0, 1] for centres [..., 2] (row, column) and radii [...].
 
-    `radius` is the circle's; squares and triangles of the same radius have the same area.
+    `radius` is the circle's; squares and triangles of the same radius have the same area. `around`: what is beyond a
+    border lies at the opposite one.
     """
     y = torch.arange(height).view(-1, 1) + 0.5 - centre[..., 0, None, None]
     x = torch.arange(width).view(1, -1) + 0.5 - centre[..., 1, None, None]
+    if around:
+        y, x = ((offset + extent / 2) % extent - extent / 2 for offset, extent in ((y, height), (x, width)))
     r = radius[..., None, None]
     if kind == "circle":
         distance = (x * x + y * y).sqrt() - r
@@ -96,7 +102,7 @@ def coverage(kind: str, centre: Tensor, radius: Tensor, height: int, width: int)
     return (0.5 - distance).clamp(0, 1)
 
 
-def render(combo: Combination, frames: int, height: int, width: int, seed: int) -> Tensor:
+def render(combo: Combination, frames: int, height: int, width: int, seed: int, around: bool = False) -> Tensor:
     """One clip, uint8 [T, 3, H, W]: random size, start, travel and grey ground, all from `seed`."""
     rng = random.Random(f"{seed}-{combo.prompt}")
     side = min(height, width)
@@ -105,27 +111,33 @@ def render(combo: Combination, frames: int, height: int, width: int, seed: int) 
     margin = REACH[combo.kind] * radius + 1
     start, end = [], []
     for extent, sign in zip((height, width), DIRECTIONS[combo.direction], strict=True):
-        distance = sign * min(travel * extent, extent - 2 * margin)
+        distance = sign * (travel * extent if around else min(travel * extent, extent - 2 * margin))
         low, high = margin + max(0.0, -distance), extent - margin - max(0.0, distance)
+        low, high = (0.0, float(extent)) if around else (low, high)
         start.append(rng.uniform(low, max(low, high)))
         end.append(start[-1] + distance)
     along = torch.linspace(0, 1, frames).unsqueeze(1)  # [T, 1]
     centres = torch.tensor(start) * (1 - along) + torch.tensor(end) * along  # [T, 2]
-    mask = coverage(combo.kind, centres, torch.full((frames,), radius), height, width).unsqueeze(1)  # [T, 1, H, W]
+    mask = coverage(combo.kind, centres, torch.full((frames,), radius), height, width, around).unsqueeze(
+        1
+    )  # [T, 1, H, W]
     colour = torch.tensor(COLOURS[combo.colour], dtype=torch.float32).view(1, 3, 1, 1)
     ground = rng.uniform(10, 60)
     return (ground * (1 - mask) + colour * mask).round().to(torch.uint8)
 
 
 def write_folder(
-    root: Path, *, clips: int, held_out: int, held_out_seed: int, num_frames: int, height: int, width: int, seed: int
-) -> Split:
+    root: Path, *, clips: int, held_out: int, held_out_seed: int, num_frames: int, height: int, width: int, seed: int,
+    motion: str = "within",
+) -> Split:  # fmt: skip
     """Render `clips` captioned mp4 files of the seen combinations into `root`; a folder already made so is kept."""
-    recipe = dict(
+    recipe: dict[str, int | str] = dict(
         clips=clips, held_out=held_out, held_out_seed=held_out_seed,
         num_frames=num_frames, height=height, width=width, seed=seed,
     )  # fmt: skip
-    chosen = split(held_out, held_out_seed)
+    around = motion == "around"
+    recipe |= {"motion": motion} if around else {}  # older folders do not say it
+    chosen = replace(split(held_out, held_out_seed), around=around)
     marker = root / MARKER
     if _recipe(root) == recipe:
         return chosen
@@ -137,7 +149,7 @@ def write_folder(
     combos = [chosen.seen[i % len(chosen.seen)] for i in range(clips)]
 
     def write(i: int) -> None:
-        frames = render(combos[i], num_frames, height, width, seed * 1_000_003 + i)
+        frames = render(combos[i], num_frames, height, width, seed * 1_000_003 + i, around)
         video.write(root / f"{i:05d}.mp4", video.Clip(frames, FPS))
 
     with ThreadPoolExecutor(2) as pool:
@@ -153,10 +165,12 @@ def write_folder(
 def split_of(root: Path) -> Split | None:
     """The split by which a folder was rendered; None for any other folder."""
     recipe = _recipe(root)
-    return split(recipe["held_out"], recipe["held_out_seed"]) if recipe else None
+    if recipe is None:
+        return None
+    return replace(split(recipe["held_out"], recipe["held_out_seed"]), around=recipe.get("motion") == "around")
 
 
-def _recipe(root: Path) -> dict[str, int] | None:
+def _recipe(root: Path) -> dict[str, Any] | None:
     """How a folder was rendered; None for any other folder and for one that was not finished."""
     try:
         return json.loads((root / MARKER).read_text()).get("recipe")
@@ -184,12 +198,12 @@ class Verdict:
         return (self.colour, self.kind, self.direction) == (combo.colour, combo.kind, combo.direction)
 
 
-def judge(frames: Tensor) -> Verdict:
+def judge(frames: Tensor, around: bool = False) -> Verdict:
     """Read colour, shape and direction off a clip, uint8 [T, 3, H, W].
 
     Foreground is what differs from the median colour. The colour is the nearest of the palette, the shape the best
     overlapping template of equal area and centre, the direction the slope of the centre: it must cross 15 % of the
-    frame and twice what it moves on the other axis.
+    frame and twice what it moves on the other axis. `around`: a shape may leave the frame and come back on the other side.
     """
     x = frames.float()
     ground = x.flatten(2).median(-1).values.median(0).values.view(1, 3, 1, 1)
@@ -201,9 +215,26 @@ def judge(frames: Tensor) -> Verdict:
     grid = torch.stack(
         torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     )  # [2, H, W]
+    colour, path = _colour(x, mask), None
+    if around:
+        mask, path = _gathered(mask)
     centres = (mask.unsqueeze(1) * grid).flatten(2).sum(-1) / areas[:, None]  # [T, 2]
     kind, overlap = _kind(mask, centres, areas)
-    return Verdict(_colour(x, mask), kind, _direction(centres, height, width), overlap)
+    return Verdict(colour, kind, _direction(centres if path is None else path, height, width), overlap)
+
+
+def _gathered(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks [T, H, W] moved round the borders until each shape is in the middle, and the way its centre went [T, 2]."""
+    path = []
+    for axis in (1, 2):
+        n = mask.shape[axis]
+        angles = 2 * torch.pi * (torch.arange(n) + 0.5) / n
+        mass = mask.sum(3 - axis).float()  # [T, n]
+        middle = torch.atan2(mass @ angles.sin(), mass @ angles.cos()) / (2 * torch.pi) * n
+        path.append(torch.from_numpy(np.unwrap(middle.numpy(), period=n)))
+        shifts = (n / 2 - middle).round().long().tolist()
+        mask = torch.stack([one.roll(shift, axis - 1) for one, shift in zip(mask, shifts, strict=True)])
+    return mask, torch.stack(path, dim=1)
 
 
 def _colour(x: Tensor, mask: Tensor) -> str | None:
@@ -215,9 +246,10 @@ def _colour(x: Tensor, mask: Tensor) -> str | None:
 
 def _kind(mask: Tensor, centres: Tensor, areas: Tensor) -> tuple[str | None, float]:
     radii = (areas / torch.pi).sqrt()
+    height, width = mask.shape[1:]
     overlaps = {}
     for kind in KINDS:
-        template = coverage(kind, centres, radii, *mask.shape[1:]) > 0.5  # [T, H, W]
+        template = coverage(kind, centres, radii, height, width) > 0.5  # [T, H, W]
         union = (template | mask).flatten(1).sum(1)
         overlaps[kind] = float(((template & mask).flatten(1).sum(1) / union).median())
     kind = max(overlaps, key=lambda k: overlaps[k])
@@ -245,9 +277,11 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def accuracy(clips: Sequence[Tensor], combos: Sequence[Combination]) -> dict[str, float | int | list[float]]:
+def accuracy(
+    clips: Sequence[Tensor], combos: Sequence[Combination], around: bool = False
+) -> dict[str, float | int | list[float]]:
     """Share of clips of which the oracle reads all three values right, with n, the 95 % interval and each value's share."""
-    verdicts = [judge(clip) for clip in clips]
+    verdicts = [judge(clip, around) for clip in clips]
     pairs = list(zip(verdicts, combos, strict=True))
     n, right = len(pairs), sum(verdict.agrees(combo) for verdict, combo in pairs)
     low, high = wilson(right, n)

@@ -5,12 +5,13 @@ blocks or kernels. Tensors are [B, registers + N, heads, D]. Patterns are told b
 ("any", ...) and intersections as ("all", ...).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from patterns import PATTERNS, told
+from patterns import PATTERNS, best, count_of, told
 
 from stgen.attention.pattern import Chosen, Fixed, Frame, Remade
 from stgen.attention.patterns import KINDS
@@ -98,6 +99,7 @@ def layer(keys: dict, pattern, grid: Grid, heads, q, k, v, taken: Given | None =
 
 def attend(keys, pattern, heads, q, k, v, scene, ready=None, mask=None):
     """One sequence, q, k, v [heads, registers + n, D] -> its rows, its map and the mask of its own places."""
+    q, k, v = (approximated(x, keys.get("approximate", {}), name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     r, n, sink = heads.registers, scene.layout.length, heads.sink
     filled = torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor([p for p, _, _ in scene.sequence]), True)
     values = v if sink.v is None else torch.cat([sink.v, v], dim=1)
@@ -112,7 +114,8 @@ def attend(keys, pattern, heads, q, k, v, scene, ready=None, mask=None):
         mask = tree(pattern, q[:, r:], k[:, r:], allowed, scene, iter(heads.selection.choosers))
     every = torch.zeros(len(q), r + n, r + n, dtype=torch.bool)
     every[:, r:, r:], every[:, r:, :r], every[:, :r, :r], every[:, :r, r:] = mask, True, True, filled
-    weights = weigh(keys, heads, q, k, every)
+    rows = torch.cat([torch.ones(r, dtype=torch.bool), filled])[:, None]  # of tokens and registers
+    weights = approximated(weigh(keys, heads, q, k, every) * rows, keys.get("approximate", {}), "map")
     return weights @ values, weights, mask
 
 
@@ -129,7 +132,9 @@ def remade(keys, pattern, heads, q, k, v, filled, scene):
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool) if mask is None else mask
             mask = mask.expand(*q.shape[:3], k.shape[2])[0]
             values = v[0] if heads.sink.v is None else torch.cat([heads.sink.v[some], v[0]], dim=1)
-            return (weigh(keys, heads, q[0], k[0], mask, some) @ values)[None]
+            weights = weigh(keys, heads, q[0], k[0], mask, some)
+            weights = weights * filled[:, None] if len(filled) == q.shape[2] else weights  # sinkhorn's has no padding
+            return (approximated(weights, keys.get("approximate", {}), "map") @ values)[None]
 
         ours = (x[None, some] for x in (q, k, v))
         outs.append(oracle(heads.remade, *ours, filled, scene.layout.block, dense_attend, near)[0])
@@ -199,16 +204,59 @@ def weigh(keys, heads, q, k, mask, some=slice(None)):
         mask = torch.nn.functional.pad(mask, (sink.count, 0), value=True)
     kind = keys["normaliser"]["kind"]
     if kind == "linear":
-        phi_q, phi_k = (heads.features(x[None], is_query)[0] for x, is_query in ((q, True), (k, False)))
+        phi_q, phi_k = (features(keys["normaliser"].get("features", "elu"), heads.features, x) for x in (q, k))
         return over((phi_q @ phi_k.transpose(-1, -2)) * mask)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if kind in ("relu", "relu2"):
         weights = scores.clamp(min=0) ** (2 if kind == "relu2" else 1) * mask
         return weights / mask.sum(-1, keepdim=True).clamp(min=1)
+    if kind == "poly_logits":
+        scores, mask = cubic(keys["normaliser"], heads.polynomial.coefficients[some], scores, mask)
     logit, column = sink.logit(q), (*scores.shape[:2], 1)
     extra = scores.new_full(column, -torch.inf) if logit is None else logit[some][:, None, None].expand(column)
     masked = torch.cat([scores.masked_fill(~mask, -torch.inf), extra], dim=-1)
     return over(exponential(kind, keys["normaliser"], masked))[..., :-1]
+
+
+def features(name, module, x):
+    """phi(x) of linear attention for x [heads, n, D]; what keeps exponentials in range cancels, and is left out."""
+    if name == "elu":
+        return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp())
+    if name == "relu":
+        return x * (x > 0)
+    if name == "learned":
+        return (1 + (x @ module.weight.transpose(1, 2)).exp()).log()
+    y = x / x.shape[-1] ** 0.25
+    return (y @ module.projection.transpose(1, 2) - (y**2).sum(-1, keepdim=True) / 2).exp()
+
+
+def cubic(normaliser, coefficients, scores, mask):
+    """Scores of polynomial logits, and of the mask what the best of each row leave, row by row."""
+    s, limit = scores, normaliser.get("clamp", 10.0)
+    s = torch.where(s > limit, limit, torch.where(s < -limit, -limit, s))
+    s = sum(coefficients[:, n, None, None] * s**n for n in range(4))
+    kept = torch.zeros_like(mask.expand_as(s))
+    for head, row in itertools.product(range(len(s)), range(s.shape[1])):
+        allowed = mask.expand_as(s)[head, row]
+        count = count_of(normaliser.get("ratio", 1.0), int(allowed.sum()))
+        kept[head, row, best(s.detach()[head, row], allowed, count)] = True
+    return s, kept
+
+
+def approximated(x, keys, name):
+    """Queries, keys, values or weights [heads, n, m] of a sequence as `approximate` leaves them, row by row; the gradient
+    is that of x (straight-through)."""
+    instead = x.detach().clone(memory_format=torch.contiguous_format)
+    if name in ("q", "k") and keys.get("qk_topk"):
+        for row in instead.flatten(0, 1):
+            row[sorted(range(len(row)), key=lambda i: -abs(float(row[i])))[keys["qk_topk"] :]] = 0
+    if name in keys.get("quantise", ()):
+        bits = keys["bits"]
+        for head in instead:
+            largest = 2**bits - 1 if name == "map" else 2 ** (bits - 1) - 1
+            step = 2.0**-bits if keys.get("form") == "fixed" else (float(head.abs().max()) / largest or 1.0)
+            head.copy_((head / step).round() * step)
+    return x + (instead - x.detach())
 
 
 def over(weights):

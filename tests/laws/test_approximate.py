@@ -11,6 +11,7 @@ from stgen.model import VideoTransformer
 from stgen.ops.dense_attention import attention_map
 
 GRID = (4, 3, 4)
+FALLING = {"kind": "linear", "start": 4, "end": 2, "steps": 4, "every": 2}
 LOCAL = {"kind": "local", "radius": 1}
 
 
@@ -55,6 +56,25 @@ def test_many_bits_are_the_identity_within_rounding():
     assert (fixed_point(x, 16) - x).abs().max() <= 2.0**-17
     assert torch.equal(fixed_point(x, 2) * 4, (x * 4).round())
     assert not integers(torch.zeros(1, 1, 2, 2), 8).any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, FALLING], ids=str)
+@pytest.mark.parametrize("form", ["integer", "fixed"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "map"])
+def test_the_gradient_passes_the_rounding_as_if_there_were_none(name, form, bits):
+    """Exactly, at every number: the step follows the largest, so none is out of range. What is not named stays."""
+    one = Approximation(Approximate(quantise=[name], form=form, bits=bits))
+    x = (x64(2, 3, 9, 8) * 3).requires_grad_() if name != "map" else x64(2, 3, 9, 9).softmax(-1).requires_grad_()
+    weights = x64(*x.shape, seed=1)
+    for step, now in enumerate([4, 4, 3, 3, 2, 2] if bits is FALLING else [bits]):
+        one.numbers.at_step(step)
+        out = one(x, name)
+        expected = fixed_point(x, now) if form == "fixed" else integers(x, now, signed=name != "map")
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+        assert (out - x).abs().max() > 1e-3
+        (gradient,) = torch.autograd.grad((out * weights).sum(), x)
+        assert torch.equal(gradient, weights)
+    assert all(one(x, other) is x for other in ("q", "k", "v", "map") if other != name)
 
 
 def build(**mixer):

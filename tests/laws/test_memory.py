@@ -5,9 +5,11 @@ import math
 import dense
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stgen.attention import plan, reuse
 from stgen.attention.attend import Mixer
+from stgen.attention.memory import Ring
 from stgen.attention.spec import AttentionMixer
 from stgen.model import VideoTransformer
 from stgen.tokens import Grid, rope_tables, rotate
@@ -298,6 +300,56 @@ def test_a_stream_is_the_whole_clip(name):
     other = whole(model, torch.cat([torch.randn_like(x[:, :, :-1]), x[:, :, -1:]], dim=2))
     past_matters = (other[:, :, -1] - expected[:, :, -1]).abs().max() > 1e-6
     assert past_matters == (name != "ring of one frame")  # else the law would be empty
+
+
+class Made(TorchDispatchMode):
+    """The operators that make a tensor of at least so many numbers in memory of its own."""
+
+    def __init__(self, size: int, known: set[int]):
+        super().__init__()
+        self.size, self.known, self.found = size, known, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            large = isinstance(x, torch.Tensor) and x.numel() >= self.size
+            if large and x.untyped_storage().data_ptr() not in self.known:
+                self.found.append(func)
+        return out
+
+
+@pytest.mark.parametrize("positions", ["none", "rope"])
+@pytest.mark.parametrize("layout", ["temporal", "joint"])
+def test_a_ring_is_written_in_place_and_read_without_a_copy(layout, positions, monkeypatch):
+    """Its two buffers are the same memory in every pass over every chunk. RoPE alone makes keys anew, to place them."""
+    model, x = model_of("t", {"t": ring(1, 9, layout=layout)}, positions=positions), video(24)
+    passes, (time, text) = [], context()
+
+    def watched(method):
+        def run(self, state, *given):
+            size, buffers = state.k.numel(), {y.untyped_storage().data_ptr() for y in (state.k, state.v)}
+            with Made(size, buffers) as made:
+                out = method(self, state, *given)
+            passes.append((method.__name__, made.found))
+            return out
+
+        return run
+
+    for name in ("write", "read"):
+        monkeypatch.setattr(Ring, name, watched(getattr(Ring, name)))
+    past, seen = model.new_past(2, (1, *SIDE)), set()
+    for i, part in enumerate(x.split(1, dim=2)):
+        with torch.no_grad():
+            model(torch.randn_like(part), time + 300, text, past=past)
+            result = model(part, time, text, past=past)
+        before, after = (p.memories[0] for p in (past, result.past))
+        seen |= {(y.data_ptr(), y.shape) for state in (before, after) for y in (state.k, state.v)}
+        assert len(seen) == 2 and after.frames == i + 1
+        past = result.past
+    made = {name: [func for other, found in passes if other == name for func in found] for name in ("write", "read")}
+    assert made["write"] == [] and len(passes) == 4 * (i + 1)
+    joined = [func for func in made["read"] if func is not torch.ops.aten.cat.default]
+    assert joined == [] and len(made["read"]) == (0 if positions == "none" else 2 * (i + 1))
 
 
 def test_the_last_segment_may_be_shorter():

@@ -1,5 +1,9 @@
 """Laws of whole models whose mixers are not plain: no dead weights, no leak, nothing changed by batch or recomputing."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -10,9 +14,12 @@ from stgen.tokens import Grid
 GRID = (4, 3, 4)
 TILES = {"layout": "joint", "order": "tile", "block": [2, 2, 2]}
 LOCAL = {"kind": "local", "radius": 1}
+EXACT = dict(rtol=0, atol=1e-12)
 MIXERS = {
     "sparse": {**TILES, "pattern": {"kind": "any", "any": [LOCAL, {"kind": "topk", "ratio": 0.4}]}},
+    "random": {**TILES, "pattern": {"kind": "random", "blocks": 2, "seed": 5}},
     "learned": {**TILES, "pattern": {"kind": "learned", "ratio": 0.5}},
+    "learned with noise": {**TILES, "pattern": {"kind": "learned", "ratio": 0.5, "gumbel": 1.0}},
     "linformer": {**TILES, "pattern": {"kind": "linformer", "keys": 5}},
     "convolution": {**TILES, "pattern": {"kind": "convolution"}},
     "sinkhorn": {**TILES, "pattern": {"kind": "sinkhorn"}},
@@ -89,7 +96,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_save_and_load_give_the_same_output(name, tmp_path):
-    model = trained(build(MIXERS[name], registers=0))
+    model = trained(build(MIXERS[name], registers=0)).eval()
     model.save_pretrained(tmp_path)
     again = VideoTransformer.from_pretrained(tmp_path)
     torch.testing.assert_close(again(*inputs()).sample, model(*inputs()).sample, rtol=0, atol=0)
@@ -162,15 +169,18 @@ def test_parameters_and_work_fall_by_what_is_reused(what):
     assert own.work(grid).executed - taking.work(grid).executed == saved[what] > 0
 
 
-@pytest.mark.parametrize("what", ["map", "kv", "output"])
+@pytest.mark.parametrize("what", ["map", "kv", "support", "output"])
 def test_reuse_of_a_layer_with_the_same_weights_and_input_is_that_layer(what):
-    plain, taking = build({"layout": "temporal"}), build({"layout": "temporal", "reuse": {"what": what}})
+    keys = {**TILES, "pattern": {"kind": "topk", "ratio": 0.4}} if what == "support" else {"layout": "temporal"}
+    plain, taking = build(keys), build({**keys, "reuse": {"what": what}})
     first, second = taking.blocks[0].branches[0].double(), taking.blocks[1].branches[0].double()
     whole = plain.blocks[0].branches[0].double()
     rows = {"q": 0, "k": 1, "v": 2}
     first.load_state_dict(whole.state_dict())
-    needs = {"map": "v", "kv": "q", "output": ""}[what]
+    needs = {"map": "v", "kv": "q", "output": "", "support": ""}[what]
     second.to_out.load_state_dict(whole.to_out.state_dict())
+    if what == "support":
+        second.load_state_dict(whole.state_dict())
     if needs:
         part = slice(32 * rows[needs], 32 * (rows[needs] + 1))
         second.to_qkv.weight.data, second.to_qkv.bias.data = whole.to_qkv.weight[part], whole.to_qkv.bias[part]
@@ -178,6 +188,12 @@ def test_reuse_of_a_layer_with_the_same_weights_and_input_is_that_layer(what):
     expected, carry = first(x, Grid(*GRID), None, {})
     out, _ = second(x, Grid(*GRID), None, carry)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    if what == "support":  # it is the first layer's also where the second would choose otherwise
+        x, given = torch.randn_like(x), carry[0].supports[0]
+        (q, k, v), run = second.projected(second.to_qkv(x), "qkv", None), second.mixers[0].runs[0]
+        out, _ = second(x, Grid(*GRID), None, carry)
+        torch.testing.assert_close(out, second.to_out(run(q, k, v, Grid(*GRID), given)[0].flatten(2)), **EXACT)
+        assert (first(x, Grid(*GRID), None, {})[0] - out).abs().max() > 1e-3
 
 
 def test_reuse_from_a_named_layer():
@@ -234,6 +250,47 @@ def test_a_model_tells_what_its_parts_measured():
     assert measured.keys() == {"attention/0/sinkhorn_residual", "attention/1/sinkhorn_residual"}
     assert all(0 <= value < 1 for value in measured.values())
     assert build(MIXERS["relu"]).measured() == {}
+
+
+def test_what_several_mixers_or_heads_of_a_layer_measured_is_told_by_their_names():
+    def ratio(end):
+        return {"kind": "topk", "ratio": {"kind": "linear", "start": 1.0, "end": end, "steps": 4}}
+
+    mixers = {
+        "a": {**TILES, "pattern": ratio(0.2)},
+        "b": {**TILES, "pattern": ratio(0.6)},
+        "c": {**TILES, "pattern": ratio(0.4), "heads": {"0-1": {"pattern": ratio(0.8)}},
+              "approximate": {"quantise": ["q"], "bits": {"kind": "stairs", "values": [8, 5], "at_steps": [3]}}},
+    }  # fmt: skip
+    model = build(None, "a>b c a", depth=3, mixers=mixers)
+    model.at_step(4)
+    assert model.measured() == {
+        "attention/0/a/ratio": 0.2, "attention/0/b/ratio": 0.6, "attention/2/ratio": 0.2, "attention/1/bits": 5,
+        "attention/1/c/heads.0-1/ratio": 0.8, "attention/1/c/heads.2-3/ratio": pytest.approx(0.4),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_random_blocks_are_the_same_in_a_fresh_process_under_another_seed():
+    """As on every rank and after every resume: they are a function of seed, layer and blocks alone."""
+    program = """if True:
+        import hashlib, torch
+        from stgen.attention import layout, selection
+        from stgen.attention.patterns.random_ import Random
+        from stgen.tokens import Grid
+        torch.manual_seed(SEED)
+        place = layout.build("joint", order="tile", tile=(2, 2, 2))
+        support = selection.build(Random(blocks=2, seed=5), place, (2, 2, 2), Grid(4, 6, 6), 3, "cpu")
+        print(hashlib.sha256(support.dense().numpy().tobytes()).hexdigest())
+    """
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program.replace("SEED", seed)], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
 
 
 COMPILED = ["sparse", "sinkhorn", "learned features", "map reuse", "heads"]

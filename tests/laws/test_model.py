@@ -1,9 +1,15 @@
 """Laws of the block and the model: identity at the start, no dead weights, masks, plans, checkpointing."""
 
+import math
+
 import pytest
 import torch
+from torch.nn.functional import layer_norm
+from torch.utils.flop_counter import FlopCounterMode
 
+from stgen import blocks
 from stgen.attention import layout, plan
+from stgen.attention.attend import CrossAttention
 from stgen.model import VideoTransformer
 from stgen.tokens import Grid, coordinates, grid_of, patchify, rope_tables, rotate, sincos_positions, unpatchify
 
@@ -58,6 +64,78 @@ def test_blocks_start_as_identity_and_every_weight_moves_by_the_second_step(text
     assert not dead
 
 
+def opened(text, **changes):
+    """A model of one layer in float64 whose weights, gates included, are all drawn at random."""
+    model = build(text, depth=1, **changes).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def layer_by_hand(block, terms, x, shared, text, mask):
+    """A layer written out: its terms, found by the name of their first mixer, in the order of the plan."""
+    mixer_shared, mlp_shared = shared.chunk(2, dim=1)  # shift, scale and gate each
+    named = {mixing.branches[0].mixers[0].use.name: mixing for mixing in block.mixing}
+    h = x
+    for names in terms:
+        term = named[names[0]]
+        shift, scale, gate = (mixer_shared + term.modulation.table).unsqueeze(2).unbind(1)
+        h = layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift
+        x = x + gate * sum(branch(h, Grid(2, 3, 4), None, {})[0] for branch in term.branches)
+    if block.parallel_mlp:
+        x = x + (mlp_shared[:, 2] + block.mlp_modulation.table[0])[:, None] * block.mlp(h)
+    prompting = block.prompting
+    x = x + prompting.gate * prompting.cross_attn(prompting.norm(x), text, mask)
+    if block.parallel_mlp:
+        return x
+    shift, scale, gate = (mlp_shared + block.mlp_modulation.table).unsqueeze(2).unbind(1)
+    return x + gate * block.mlp(layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("spatial>temporal>height", [["spatial"], ["temporal"], ["height"]]),
+        ("temporal > spatial", [["temporal"], ["spatial"]]),
+        ("height > spatial+temporal", [["height"], ["spatial", "temporal"]]),
+    ],
+)
+def test_a_layer_is_its_terms_in_the_order_of_the_plan_then_the_prompt_then_the_mlp(text, terms, placement):
+    """The MLP stands behind them, or beside the last term, whose normed input it reads."""
+    block = opened(text, mlp_placement=placement, conditioning="cross").blocks[0]
+    g = torch.Generator().manual_seed(3)
+    x, shared, words = (torch.randn(2, *shape, generator=g).double() for shape in ((24, 32), (6, 32), (5, 32)))
+    mask = inputs()[3]
+    out = block(x, Grid(2, 3, 4), None, shared, words, mask, {})
+    torch.testing.assert_close(out, layer_by_hand(block, terms, x, shared, words, mask), rtol=0, atol=1e-9)
+    turned = layer_by_hand(block, terms[::-1], x, shared, words, mask)
+    assert (turned - out).abs().max() > 1e-2  # else the law would be empty
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_a_parallel_mlp_saves_a_norm_and_costs_as_much(modulated, monkeypatch):
+    norms, flops, work = [], [], []
+    monkeypatch.setattr(blocks, "modulated_norm", lambda *given: norms.append(1) or _modulated_norm(*given))
+    for placement in ("sequential", "parallel"):
+        block = opened("spatial", mlp_placement=placement, modulated=modulated).blocks[0]
+        registers = 0 if modulated else 1
+        for module in block.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.register_forward_hook(lambda *_: norms.append(1))
+        norms.clear()
+        with FlopCounterMode(display=False) as counter:
+            shared = torch.randn(2, 6, 32).double() if modulated else None
+            block(torch.randn(2, registers + 24, 32).double(), Grid(2, 3, 4), None, shared, None, None, {})
+        flops.append(counter.get_total_flops())
+        work.append((len(norms), block.work(Grid(2, 3, 4), 5)))
+    assert [count for count, _ in work] == [2, 1]
+    assert flops[0] == flops[1] > 0 and work[0][1] == work[1][1]
+
+
+_modulated_norm = blocks.modulated_norm
+
+
 def test_an_added_mixer_whose_output_is_zero_changes_nothing():
     """`a>b` with b zeroed is `a`, and so is `a+b`."""
     alone = trained(build("spatial", depth=1))
@@ -108,6 +186,42 @@ def test_padding_of_the_prompt_has_no_effect(conditioning):
     assert (model(latents, t, text + 1.0, mask).sample - expected).abs().max() > 1e-4  # real words do have one
 
 
+def test_cross_attention_is_a_loop_over_tokens_and_words():
+    """Clips with all words, two and none of them, in values and all gradients."""
+    torch.manual_seed(0)
+    attention, heads, depth = CrossAttention(12, 3).double(), 3, 4
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, text = (torch.randn(3, n, 12, dtype=torch.float64, requires_grad=True) for n in (4, 5))
+    mask = torch.arange(5) < torch.tensor([5, 2, 0])[:, None]
+
+    def normed(row, gain):
+        return row / (row.square().mean() + 1e-6).sqrt() * gain
+
+    def row_of(b, i):
+        parts, weight, bias = [], attention.to_kv.weight, attention.to_kv.bias
+        for head in range(heads):
+            own = slice(depth * head, depth * (head + 1))
+            q = normed(attention.to_q.weight[own] @ x[b, i] + attention.to_q.bias[own], attention.q_norm.gain)
+            words = [text[b, j] for j in range(5) if mask[b, j]]
+            keys = [normed(weight[:12][own] @ word + bias[:12][own], attention.k_norm.gain) for word in words]
+            values = [weight[12:][own] @ word + bias[12:][own] for word in words]
+            mass = [torch.exp(q @ key / math.sqrt(depth)) for key in keys]
+            parts.append(sum((m * v for m, v in zip(mass, values, strict=True)), 0 * q) / (sum(mass) if mass else 1))
+        return attention.to_out.weight @ torch.cat(parts) + attention.to_out.bias
+
+    expected = torch.stack([torch.stack([row_of(b, i) for i in range(4)]) for b in range(3)])
+    out = attention(x, text, mask)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(out[2], attention.to_out.bias.expand(4, -1), rtol=0, atol=0)
+    weights, given = torch.randn_like(out), [x, text, *attention.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), given) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    every = attention(x, text, None)
+    torch.testing.assert_close(every[0], out[0], rtol=0, atol=1e-12)
+    assert (every[1] - out[1]).abs().max() > 1e-2
+
+
 def test_a_batch_equals_its_singles():
     model = trained(build(conditioning="both"))
     latents, t, text, mask = inputs()
@@ -146,6 +260,30 @@ def test_shift_applies_to_every_second_layer_of_a_window():
     assert shifts == [(0, 0, 0), (1, 1, 1), (0, 0, 0), (1, 1, 1)]
 
 
+def test_tokens_on_two_sides_of_a_border_meet_in_the_next_shifted_layer():
+    """Windows of 2 x 2 x 2: of each pair one layer lets neither see the other, nor do two of them unless they shift."""
+    grid = (4, 4, 6)
+    pairs = [((1, 0, 0), (2, 0, 0)), ((0, 1, 0), (0, 2, 0)), ((0, 0, 3), (0, 0, 4)), ((1, 1, 1), (2, 2, 2))]
+
+    def meets(depth, shift):
+        window = {"kind": "attention", "layout": "window", "size": [2, 2, 2], "shift": shift}
+        model = build("win", depth=depth, grid=grid, mixers={"win": window}).double()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+        latents, t, text, mask = inputs(extents=grid, dtype=torch.float64)
+        out = model(latents.requires_grad_(), t, text, mask).sample
+        found = []
+        for one, other in pairs:
+            (gradient,) = torch.autograd.grad(out[0, :, *one].sum(), latents, retain_graph=True)
+            found.append(bool((gradient[0, :, *other] != 0).any()))
+        return found
+
+    assert meets(1, [1, 1, 1]) == [False] * 4  # the first layer does not shift
+    assert meets(2, [0, 0, 0]) == [False] * 4
+    assert meets(2, [1, 1, 1]) == [True] * 4
+    assert meets(2, [1, 0, 0]) == [True, False, False, False]
+
+
 def test_rope_and_sincos_serve_other_grids_and_learned_positions_refuse_them():
     latents, t, text, mask = inputs(extents=(4, 3, 4))
     for positions in ("rope", "sincos", "none"):
@@ -166,6 +304,31 @@ def test_rope_scores_depend_on_offsets_alone():
         same = scores[group == g]
         torch.testing.assert_close(same, same[:1].expand_as(same), rtol=0, atol=1e-6)
     assert scores.std() > 1e-3
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("order", ["raster", "tile"])
+def test_scores_of_an_attention_depend_on_offsets_alone(order, registers):
+    """Of tokens that are all alike; registers stand nowhere, so that two of them score alike wherever they lie."""
+    grid = Grid(3, 4, 5)
+    keys = {"joint": {"layout": "joint", "order": order, "block": [2, 2, 2]}}
+    model = opened("joint", grid=(grid.t, grid.h, grid.w), mixers=keys, registers=registers, width=48)
+    attention = model.blocks[0].branches[0]
+    heads = attention.mixers[0].runs[0]
+    x = torch.randn(48, generator=torch.Generator().manual_seed(2)).double().expand(1, registers + grid.tokens, 48)
+    q, k, _ = attention.projected(attention.to_qkv(x), "qkv", model._rope(grid, x.device, None))
+    weights = heads.map(q, k, grid)[0]  # [heads, registers + n, registers + n]
+    where, filled = layout.places(heads.layout, grid)
+    own = registers + filled[0].nonzero().flatten()
+    scores = weights[:, own][:, :, own].log()
+    scores = scores - scores.diagonal(dim1=1, dim2=2)[..., None]  # of a row against that of offset 0
+    at = where[0][filled[0]]
+    _, group = (at[:, None] - at).flatten(0, 1).unique(dim=0, return_inverse=True)
+    for same in (scores.flatten(1)[:, group == g] for g in group.unique()[::5]):
+        torch.testing.assert_close(same, same[:, :1].expand_as(same), rtol=0, atol=1e-5)
+    assert scores.std() > 0.02
+    among = weights[:, :registers, :registers].log()
+    assert all((one - one.flatten()[0]).abs().max() < 1e-12 for one in among if registers)
 
 
 def test_rope_refuses_an_odd_head():
@@ -206,6 +369,21 @@ def test_flops_are_counted_where_they_happen():
     spatial, temporal = linear + 2 * 4 * n * n * c, linear + n * 4 * 2 * 2 * c
     assert flops(build("joint", depth=2)) - outside == 2 * joint
     assert flops(build("spatial temporal", depth=2)) - outside == spatial + temporal
+
+
+@pytest.mark.parametrize("grid", [(2, 3, 4), (4, 3, 4), (2, 6, 4), (6, 6, 4), (1, 1, 1)])
+def test_maps_of_space_and_time_grow_as_stated(grid):
+    """4 T N^2 C and 4 N T^2 C beside the projections, as counted and as PyTorch counts what is computed."""
+    (t, h, w), c = grid, 32
+    n, place = h * w, Grid(*grid)
+    stated = {"spatial": 4 * t * n**2 * c, "temporal": 4 * n * t**2 * c, "joint": 4 * (t * n) ** 2 * c}
+    for text, cost in stated.items():
+        attention = build(text, depth=1, grid=grid).blocks[0].branches[0].double()
+        projections = 2 * t * n * c * 4 * c
+        assert attention.work(place).executed == projections + cost
+        with FlopCounterMode(display=False) as counter:
+            attention(torch.randn(1, t * n, c).double(), place, None, {})
+        assert counter.get_total_flops() == projections + cost
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,50 @@ def test_entropy_holds_the_mean_and_gives_more_blocks_where_scores_are_spread(ra
     assert (counts[..., :10].mean(-1) > counts[..., -10:].mean(-1)).all()
 
 
+def ragged(n, block):
+    return Support.full(n, n, (block, block))
+
+
+def neighbours(n, block):
+    """Within 40 places, as `local` leaves them."""
+    near = (torch.arange(n)[:, None] - torch.arange(n)).abs() <= 40
+    return Support.from_mask(near[None, None], (block, block))
+
+
+def past(n, block):
+    """What `causal` leaves of frames of one block. The config refuses it beside entropy, which looks at all queries."""
+    number = torch.arange(n) // block
+    return Support.from_mask((number <= number[:, None])[None, None], (block, block))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.7])
+@pytest.mark.parametrize("make", [ragged, neighbours, past, lambda n, block: padded(1, n + 20, block)])
+@pytest.mark.parametrize("n", [200, 201, 203])
+def test_entropy_holds_its_share_of_what_is_allowed(n, make, ratio):
+    """Within 2 % of the allowed pairs of blocks, and of places where blocks are whole. A ragged last block counts as one,
+    and may be kept more or less often than others: of places within 8 %, one of 51 blocks being ragged."""
+    block = 4
+    allowed = make(n, block)
+    q, k = draw(2, HEADS, allowed.queries, WIDTH), draw(2, HEADS, allowed.keys, WIDTH, seed=1)
+    kept = build({"kind": "entropy", "ratio": ratio}).chooser(setting(n, block))(q, k, allowed)
+    blocks = kept.kept.sum((-2, -1)) / allowed.kept.sum()
+    torch.testing.assert_close(blocks, torch.full_like(blocks, ratio), rtol=0.02, atol=0)
+    places = kept.expand(2, HEADS).dense().sum((-2, -1)) / allowed.dense().sum()
+    whole = n % block == 0 and make is ragged
+    torch.testing.assert_close(places, torch.full_like(places, ratio), rtol=0.02 if whole else 0.08, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 13, 29, 39])
+def test_entropy_of_short_sequences_keeps_the_nearest_whole_number_and_a_block_a_row(n):
+    block, ratio = 4, 0.1
+    q, k = draw(2, HEADS, n, WIDTH), draw(2, HEADS, n, WIDTH, seed=1)
+    kept = build({"kind": "entropy", "ratio": ratio}).chooser(setting(n, block))(q, k, ragged(n, block)).kept
+    blocks = -(-n // block)
+    # Below 10 blocks one for each row is more than the share.
+    assert (kept.sum((-2, -1)) == max(blocks, round(ratio * blocks**2))).all()
+    assert (kept.sum(-1) >= 1).all()
+
+
 @pytest.mark.parametrize("method", ["kmeans", "lsh"])
 def test_clusters_follow_a_permutation_and_one_cluster_is_full(method):
     n, block = 30, 4
@@ -330,6 +374,49 @@ def test_the_learned_scorer_is_trained_through_its_choice_and_changes_no_value()
     for weight in torch.autograd.grad(loss, list(choose.parameters()), retain_graph=True):
         assert (weight != 0).any() and weight.isfinite().all()
     assert all(x is None for x in torch.autograd.grad(support.bias.sum(), [q, k], allow_unused=True))
+
+
+def test_gumbel_noise_samples_the_blocks_of_a_step_in_training_alone():
+    n, block = 24, 4
+    torch.manual_seed(1)
+    choose = build({"kind": "learned", "ratio": 0.4, "gumbel": 2.0}).chooser(setting(n, block)).double()
+    q, k = draw(3, HEADS, n, WIDTH), draw(3, HEADS, n, WIDTH, seed=1)
+    allowed = Support.full(n, n, (block, block))
+
+    def at(step, q=q, k=k):
+        choose.at_step(step)
+        return choose(q, k, allowed).kept
+
+    first, again, later = at(0), at(0), at(1)
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    assert torch.equal(at(1, q[1:2], k[1:2])[0], later[1])  # a batch is its singles
+    assert (first.sum(-1) == 2).all()  # floor(0.4 * 6)
+    shares = torch.stack([at(step) for step in range(100)]).double().mean(0)
+    choose.eval()
+    plain = build({"kind": "learned", "ratio": 0.4}).chooser(setting(n, block)).double()
+    plain.load_state_dict(choose.state_dict())
+    assert torch.equal(at(0), plain(q, k, allowed).kept) and torch.equal(at(7), at(8))
+    assert shares.min() > 0 and shares.max() < 1  # every block is tried
+    best, rest = shares[at(0)], shares[~at(0)]
+    assert best.mean() > rest.mean()  # and the better the more often
+
+
+def test_gumbel_noise_draws_by_the_softmax_of_the_scores():
+    """The best of a row under noise of scale 1 is block j with the probability of the softmax (the Gumbel-max trick)."""
+    n, block = 12, 4
+    torch.manual_seed(1)
+    choose = build({"kind": "learned", "ratio": 0.1, "gumbel": 1.0, "width": 3}).chooser(setting(n, block, 1)).double()
+    q, k, allowed = 2 * draw(1, 1, n, WIDTH), 2 * draw(1, 1, n, WIDTH, seed=1), Support.full(n, n, (block, block))
+    means_q, means_k = (x[0, 0].unflatten(0, (3, block)).mean(1) for x in (q, k))
+    scores = (means_q @ choose.to_q.weight.T) @ (means_k @ choose.to_k.weight.T).T * 3**-0.5
+    taken = torch.zeros(3, 3, dtype=torch.float64)
+    for step in range(400):
+        choose.at_step(step)
+        taken += choose(q, k, allowed).kept[0, 0]
+    torch.testing.assert_close(taken / 400, scores.softmax(-1).detach(), rtol=0, atol=0.08)
+    noise = choose.noise(torch.zeros(1, 1, 200, 200, dtype=torch.float64))  # mean and spread of a Gumbel distribution
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.03)
+    assert float(noise.std()) == pytest.approx(math.pi / 6**0.5, abs=0.03)
 
 
 # ------------------------------------------------------------------------------------------------------------- remade

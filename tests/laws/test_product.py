@@ -39,17 +39,30 @@ NORMALISERS = {
     "poly": {"kind": "poly"},
     "poly e": {"kind": "poly", "base": "e", "cut": -6.0},
     "linear": {"kind": "linear"},
+    "linear relu": {"kind": "linear", "features": "relu"},
+    "linear favor": {"kind": "linear", "features": "favor", "size": 6},
+    "linear learned": {"kind": "linear", "features": "learned", "size": 3},
+    "poly_logits": {"kind": "poly_logits", "coefficients": (0.1, 0.9, -0.2, 0.05), "clamp": 1.37},
+    "poly_logits, some": {"kind": "poly_logits", "coefficients": (0, 1, 0.3, 0), "ratio": 0.6, "learned": True},
+}
+APPROXIMATE = {
+    "exact": {},
+    "channels": {"qk_topk": 3},
+    "channels, integers": {"qk_topk": 2, "quantise": ["q", "v"], "bits": 3},
+    "fixed": {"quantise": ["k", "q"], "form": "fixed", "bits": 2},
+    "map": {"quantise": ["map"], "bits": 4},
+    "map, fixed": {"quantise": ["v", "map"], "form": "fixed", "bits": 3},
 }
 SINKS = {"none": {"kind": "none"}, "logit": {"kind": "logit", "value": 0.3}, "tokens": {"kind": "tokens", "count": 1}}
 REUSES = ["none", "map", "kv", "support", "output"]
 GRIDS = [Grid(3, 2, 3), Grid(2, 3, 3), Grid(1, 3, 3), Grid(4, 1, 1), Grid(1, 1, 1)]
 REGISTERS = [0, 2]
-AXES = (list(LAYOUTS), PATTERNS, list(NORMALISERS), list(SINKS), REUSES, GRIDS, REGISTERS)
+AXES = (list(LAYOUTS), PATTERNS, list(NORMALISERS), list(SINKS), REUSES, GRIDS, REGISTERS, list(APPROXIMATE))
 HEADS, DIM = 2, 4
 
 
 def keys_of(case) -> dict:
-    layout, pattern, normaliser, sink, what, _, _ = case
+    layout, pattern, normaliser, sink, what, _, _, approximate = case
     # Under `causal` blocks that are pooled must lie within a frame.
     return {
         **LAYOUTS[layout],
@@ -58,12 +71,18 @@ def keys_of(case) -> dict:
         "normaliser": NORMALISERS[normaliser],
         "sink": SINKS[sink],
         "reuse": {"what": what},
+        "approximate": APPROXIMATE[approximate],
     }
 
 
 def has_meaning(case) -> bool:
     """Whether the config takes it; what the config refuses is tested with its sentences in test_spec.py."""
-    _, pattern, _, _, _, _, registers = case
+    _, pattern, _, _, _, _, registers, approximate = case
+    names, quantised = dense.names(pattern), APPROXIMATE[approximate].get("quantise", [])
+    if "map" in quantised and any("sinkhorn" in name for name in names):
+        return False  # its oracle makes the map of a block at a time, and the step of integers is that of a sequence
+    if "q" in quantised and any("cluster" in name for name in names):
+        return False  # few levels put queries as near to one cluster as to another, which rounding then decides
     if registers and ("causal" in dense.names(pattern) or dense.family(pattern) is dense.Remade):
         return False
     try:
@@ -97,7 +116,7 @@ def covering(strength: int) -> list:
             if found > gain:
                 best, gain = numbers, found
         if best is None:  # perhaps these choices exclude one another; the plainest of the others decides
-            plain = {1: 0, 2: 0, 3: 0, 4: 0, 6: 0}
+            plain = {1: 0, 2: 0, 3: 0, 4: 0, 6: 0, 7: 0}
             numbers = [plain.get(a, 0) for a in range(len(AXES))]
             for axis, number in zip(group, choice, strict=True):
                 numbers[axis] = number
@@ -130,7 +149,7 @@ def test_triples():
 
 
 def check(case):
-    *_, what, grid, registers = case
+    *_, what, grid, registers, _ = case
     keys = keys_of(case)
     uses = [layer[0][0][0] for layer in uses_of(case)]
     torch.manual_seed(len(name_of(case)))

@@ -28,6 +28,14 @@ def ratio(schedule):
     [
         (FALLING, {0: 1.0, 2: 1.0, 4: 0.8, 6: 0.6, 10: 0.2, 99: 0.2}),
         ({**FALLING, "kind": "cosine"}, {2: 1.0, 4: 0.6 + 0.4 * math.cos(math.pi / 4), 6: 0.6, 10: 0.2}),
+        (
+            {**FALLING, "every": 3},
+            {0: 1.0, 2: 1.0, 4: 1.0, 5: 0.7, 7: 0.7, 8: 0.4, 9: 0.4, 10: 0.2, 11: 0.2, 99: 0.2},
+        ),
+        (
+            {**FALLING, "kind": "cosine", "every": 4},
+            {1: 1.0, 5: 1.0, 6: 0.6, 9: 0.6, 10: 0.2},
+        ),
         ({"kind": "stairs", "values": [1, 0.5, 0.3], "at_steps": [3, 5]}, {0: 1, 2: 1, 3: 0.5, 4: 0.5, 5: 0.3, 9: 0.3}),
     ],
 )
@@ -37,6 +45,26 @@ def test_a_course_has_its_values(schedule, expected):
         numbers.at_step(step)
         assert numbers.now.ratio == pytest.approx(value)
         assert numbers.measured == {"ratio": numbers.now.ratio}
+
+
+def test_numbers_are_told_as_they_are_computed_with():
+    numbers = Numbers(Local.model_validate({"radius": {"kind": "linear", "start": 4, "end": 0, "steps": 3}}))
+    seen = []
+    for step in range(5):
+        numbers.at_step(step)
+        seen.append(numbers.measured["radius"])
+        assert numbers.now.radius == seen[-1]
+    assert seen == [4, 3, 1, 0, 0]
+
+
+def test_a_schedule_says_how_often_it_changes():
+    assert str(scheduled_ratio({**FALLING, "every": 50})) == "1 to 0.2, linear over 8 steps, changing every 50"
+    assert str(scheduled_ratio(FALLING)) == "1 to 0.2, linear over 8 steps"
+
+
+def scheduled_ratio(schedule):
+    [(_, one)] = scheduled(ratio(schedule))
+    return one
 
 
 def test_a_plateau_moves_when_the_loss_no_longer_falls():
@@ -108,6 +136,45 @@ def test_a_model_at_a_step_is_the_model_with_that_number(kind, keys, tmp_path):
     assert torch.equal(loaded(*inputs()).sample, model(*inputs()).sample)  # its last value
     halved = VideoTransformer.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert halved.measured() == model.measured() and model.measured()
+
+
+@torch.no_grad()
+def test_a_part_of_a_union_may_fall_to_nothing():
+    frames = {"kind": "global", "frames": {"kind": "stairs", "values": [1, 0], "at_steps": [3]}}
+    model, alone = (opened(build({"kind": "any", "any": [{"kind": "topk"}, *more]})) for more in ([frames], []))
+    assert (model(*inputs()).sample - alone(*inputs()).sample).abs().max() > 1e-4
+    model.at_step(3)
+    assert torch.equal(model(*inputs()).sample, alone(*inputs()).sample)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"normaliser": {"kind": "poly_logits", "learned": True, "ratio": {**FALLING, "every": 3}}},
+        {"approximate": {"quantise": ["q", "k", "v"], "bits": {**FALLING, "start": 8, "end": 3}}},
+        {"approximate": {"quantise": ["map"], "bits": {"kind": "stairs", "values": [6, 2], "at_steps": [6]}}},
+        {"approximate": {"quantise": ["q"], "form": "fixed", "bits": {**FALLING, "start": 8, "end": 3, "every": 3}}},
+        {"approximate": {"qk_topk": {**FALLING, "start": 8, "end": 3}}},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_normalisers_and_approximations_follow_schedules_and_are_saved(keys, tmp_path):
+    [(name, section)] = keys.items()
+    model = opened(build({"kind": "full"}, **keys)).eval()
+    outputs = []
+    for step in (0, 6, 30):
+        model.at_step(step)
+        told = {key.rsplit("/", 1)[1]: value for key, value in model.measured().items()}
+        now = {**section, **{key: int(x) if key in ("bits", "qk_topk") else x for key, x in told.items()}}
+        plain = opened(build({"kind": "full"}, **{name: now})).eval()
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith(".reached")})
+        outputs.append(model(*inputs()).sample)
+        assert torch.equal(outputs[-1], plain(*inputs()).sample)
+    assert not torch.equal(outputs[0], outputs[-1])
+    model.save_pretrained(tmp_path)
+    loaded = VideoTransformer.from_pretrained(tmp_path)
+    assert torch.equal(loaded(*inputs()).sample, outputs[-1]) and loaded.measured() == model.measured()
 
 
 def test_plateaus_go_on_where_they_were():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from stgen.mixers.sequences import SequenceMixer
 from stgen.mixers.spec import TCN, Recurrent, named
@@ -72,6 +73,47 @@ def test_a_tcn_is_dilated_convolutions_by_hand(causal, kernel, levels):
         hidden = torch.nn.functional.gelu(convolved(expected, level.first, 2**i))
         expected = expected + convolved(hidden, level.second, 2**i)
     torch.testing.assert_close(net(x, None), expected, rtol=0, atol=1e-12)
+
+
+def test_weight_norm_is_length_times_direction():
+    """g v / |v| for each output channel, with a length more for each; and the net is the plain one with those kernels."""
+    torch.manual_seed(0)
+    net, plain = (TCNNet(TCN(weight_norm=on), 4).double() for on in (True, False))
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in plain.parameters()) + 2 * 2 * 4
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter)
+    for level, other in zip(net.levels, plain.levels, strict=True):
+        for conv, target in ((level.first, other.first), (level.second, other.second)):
+            named = dict(conv.named_parameters())
+            g, v = (next(p for p in named.values() if p.shape == shape) for shape in ((4, 1, 1), (4, 4, 3)))
+            target.bias.data = named["bias"].data
+            target.weight.data = torch.stack([g[c, 0, 0] * v[c] / v[c].square().sum().sqrt() for c in range(4)]).data
+    x = torch.randn(2, 7, 4, dtype=torch.float64)
+    torch.testing.assert_close(net(x, None), plain(x, None), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("kind", "cell"), [("rnn", nn.RNN), ("lstm", nn.LSTM), ("gru", nn.GRU)])
+def test_a_recurrence_is_pytorchs_and_a_projection(kind, cell, bidirectional):
+    """In values and gradients, its weights those of a module that the test builds."""
+    m = mixer(Recurrent(kind=kind, bidirectional=bidirectional), layout="temporal")
+    own = cell(8, 4 if bidirectional else 8, batch_first=True, bidirectional=bidirectional).double()
+    ours = {name.removeprefix("net.cells."): p for name, p in m.named_parameters() if "to_out" not in name}
+    own.load_state_dict({name: p.detach() for name, p in ours.items()})
+    x = tokens().requires_grad_()
+    where = torch.arange(GRID.tokens).view(GRID.t, -1).T  # frames of each pixel, in order
+    expected = torch.zeros_like(x)
+    for at in where:
+        hidden, _ = own(x[:, at])
+        expected = expected.index_copy(1, at, hidden @ m.net.to_out.weight.T + m.net.to_out.bias)
+    out, _ = m(x, GRID, None, {})
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    names, theirs = list(ours), dict(own.named_parameters())
+    a = torch.autograd.grad((out * weights).sum(), [x, *(ours[name] for name in names)], retain_graph=True)
+    b = torch.autograd.grad((expected * weights).sum(), [x, *(theirs[name] for name in names)])
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(

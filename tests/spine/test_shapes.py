@@ -43,7 +43,8 @@ def test_the_split_depends_on_its_seed_alone():
 def test_no_shape_is_cut_at_the_border(size, monkeypatch):
     inside = shapes.coverage
 
-    def checked(kind, centre, radius, height, width):
+    def checked(kind, centre, radius, height, width, around):
+        assert not around
         wider = inside(kind, centre + 8, radius, height + 16, width + 16)
         assert torch.allclose(wider[..., 8:-8, 8:-8].sum((-2, -1)), wider.sum((-2, -1)))
         return inside(kind, centre, radius, height, width)
@@ -84,7 +85,20 @@ def test_the_oracle_reads_clips_back_from_mp4(size, seeds, least, tmp_path):
 
 
 def test_the_oracle_never_sees_the_prompt():
-    assert list(inspect.signature(judge).parameters) == ["frames"]
+    assert list(inspect.signature(judge).parameters) == ["frames", "around"]
+
+
+def test_the_oracle_reads_shapes_that_leave_the_frame_and_come_back():
+    clips = [render(combo, 16, 48, 48, seed, around=True) for seed in range(2) for combo in ALL]
+    assert shapes.accuracy(clips, ALL * 2, around=True)["all"] == 1.0
+    assert shapes.accuracy(clips, ALL * 2)["all"] < 0.7  # which it has to be told
+
+
+def test_a_shape_that_leaves_the_frame_loses_nothing():
+    for combo in ALL:
+        clip = render(combo, 8, 48, 40, seed=3, around=True).float()
+        area = (clip - clip.flatten(2).median(-1).values[..., None, None]).abs().sum((1, 2, 3))
+        assert (area / area[0] - 1).abs().max() < 0.02, combo
 
 
 def clip_of(kind="circle", rgb=(220, 50, 50), start=(24.0, 34.0), end=(24.0, 14.0), frames=8, radius=9.0, ground=20):
@@ -145,6 +159,12 @@ def test_wilson(successes, n, low, high):
 
 
 # -------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_a_folder_says_how_its_shapes_move(tmp_path):
+    for motion in ("around", "within"):
+        chosen = write_folder(tmp_path / motion, **{**RECIPE, "clips": 2}, motion=motion)
+        assert chosen == shapes.split_of(tmp_path / motion) and chosen.around == (motion == "around")
 
 
 def test_a_folder_holds_seen_combinations_and_says_how_it_was_made(tmp_path):
