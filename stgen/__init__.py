@@ -13,6 +13,7 @@ _HOMES = {
     "PatchPCA": "stgen.codec",
     "Pixels": "stgen.codec",
     "LearnedTextEncoder": "stgen.text",
+    "adapt": "stgen.adapters",
 }
 
 

@@ -1,6 +1,7 @@
 """The command line. Arguments are read, and config errors told, before anything heavy is imported."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,16 +13,26 @@ from stgen.lab import study as studies
 from stgen.logger import DISK
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells each option's default, but for those that have none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script: `stgen train ...` and the other doors."""
     doors = {
         "train": (train, "train on a folder of videos"),
+        "launch": (launch, "train on several GPUs or nodes"),
         "sample": (sample, "sample clips from a run"),
         "ablate": (ablate, "train the cells of a study, compare them and write the report"),
         "report": (report, "measure runs and compare them on a page"),
         "inspect": (inspect, "draw the attention of a config, and measure that of a run"),
         "quantise": (quantise, "measure what low bits cost the attention of runs, and compare them"),
         "bench": (bench, "measure the attention of a config on this machine"),
+        "data": (data, "look at a folder of videos, encode it once, or render the built-in one"),
+        "export": (export, "write a run as a diffusers folder with a model card, and perhaps push it to the hub"),
         "doctor": (doctor, "whether training can run here, and which kernels work"),
         "probe": (probe, "train one attention layer of each normaliser to recall, and compare them"),
     }
@@ -49,6 +60,14 @@ def train(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it costs, then stop")
     args = parser.parse_intermixed_args(argv)
     cfg = _config(args.config, args.overrides)
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = (
+            "1"  # read when tqdm is first imported: of all ranks of torchrun the first shows its bars
+        )
+    if (
+        "RANK" in os.environ
+    ):  # read with torch: else DDP warns on each rank that it looked for unused weights and found none
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.dry_run:
         print(config.dump(cfg))
     with _told():
@@ -58,10 +77,35 @@ def train(argv: Sequence[str] | None = None) -> None:
 
             print(dry_run(cfg, known_captions(cfg)))
         else:
+            from stgen import ranks
             from stgen.train import train as run
 
             summary = run(cfg)
-            sys.exit(128 + signal.Signals[summary["stopped"]] if "stopped" in summary else 0)
+            code = 128 + signal.Signals[summary["stopped"]] if "stopped" in summary else 0
+            ranks.leave(code) if ranks.started() else sys.exit(code)
+
+
+def launch(argv: Sequence[str] | None = None) -> None:
+    """`stgen launch CONFIG --gpus-per-node G [key=value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen launch",
+        description="Train a config on several GPUs: starts torchrun on this machine, or with --dry-run prints its line and a "
+        "SLURM script for any number of nodes. train.train_batch_size is the batch of all together, so that the curve stays the "
+        "same on any number of GPUs; keys of the section distributed say how the model lies on them.",
+    )
+    add = parser.add_argument
+    add("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
+    add("overrides", nargs="*", metavar="key=value", help="values that replace those of the file")
+    add("--nodes", type=_count, default=1, help="machines (default: 1, this one)")
+    add("--gpus-per-node", "--gpus_per_node", type=_count, required=True, metavar="G", help="processes on each, one a GPU; with "
+        "run.device=cpu processes on CPUs")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the command and the SLURM script, then stop")
+    args = parser.parse_intermixed_args(argv)
+    cfg = _config(args.config, args.overrides)
+    with _told():
+        from stgen.lab.launch import launch as run
+
+        run(cfg, args.config, args.overrides, args.nodes, args.gpus_per_node, args.dry_run)
 
 
 def sample(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +114,7 @@ def sample(argv: Sequence[str] | None = None) -> None:
         prog="sample.py",
         description="Sample clips from a trained run. Each clip is written as {index:03d}-seed{seed} with a JSON file "
         "beside it that holds its prompt and settings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("run", type=Path, help="a run folder, one of its checkpoint folders, or a saved pipeline")
@@ -96,7 +140,14 @@ def sample(argv: Sequence[str] | None = None) -> None:
     add("--output", nargs="+", choices=("mp4", "gif", "frames", "sheet"), default=["mp4"], help="what to write: mp4, "
         "gif, a folder of PNG frames, one contact sheet of all clips")  # fmt: skip
     add("--output_dir", type=Path, help="where to write (default: RUN/samples)")
-    add("--batch_size", type=int, default=8, help="clips computed at once")
+    add("--batch_size", type=int, help="clips computed at once (default: 8; under torchrun fewer where a rank would "
+        "be idle)")  # fmt: skip
+    add("--lora", type=Path, metavar="PATH", help="an adapter to add to the weights: the run folder of a training with "
+        "lora.rank, its pytorch_lora_weights.safetensors, or a hub id")  # fmt: skip
+    add("--lora_scale", type=float, default=1.0, help="how much of it; 0 is none")
+    add("--offload", choices=("none", "model", "group", "sequential"), default="none", help="keep parts out of a GPU's memory "
+        "while they are not needed: whole parts, or layer by layer (slower, least memory)")  # fmt: skip
+    add("--vae_tiling", action="store_true", help="decode tile by tile, in less memory; for autoencoders that can")
     add("--cache", nargs="+", metavar=("KIND", "NAME=VALUE"), help="reuse over denoising steps: first_block (threshold), mag "
         "(threshold, max_skip, start), taylorseer (every, start, order), pab (spatial, temporal, cross, from, to), or support "
         "(every: which keys are attended is chosen anew only so often); faster, not the same clips, and first_block and mag "
@@ -105,10 +156,18 @@ def sample(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.prompt and args.prompt_file is None:
         parser.error("give --prompt or --prompt_file")
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported: the first rank shows its bar
     with _told():
+        from stgen.requests import check_early
+
+        check_early(args)  # before torch is imported
+        from stgen import ranks
         from stgen.sample import sample as run
 
         run(args)
+        if ranks.started():
+            ranks.leave(0)
 
 
 def ablate(argv: Sequence[str] | None = None) -> None:
@@ -169,7 +228,7 @@ def report(argv: Sequence[str] | None = None) -> None:
         "intervals, plots, clips side by side and masks (report.html, report.md, results.csv, results.jsonl, plots/). Runs "
         "that differ in nothing but the seed are one cell. What is measured is kept in RUN/measures.json; a run takes about a "
         "minute on a CPU, most of it for sampling.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders; the first is what the others are compared with")
@@ -198,7 +257,7 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         "what the heads attend, at several noise levels: entropy, distance in time and space, mass on sinks and registers, "
         "how alike the maps of layers and of times are (heads.png, similarity_layers.png, similarity_times.png, "
         "statistics.json), and suggest changes of the config that follow from the numbers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("target", type=Path, metavar="CONFIG|RUN", help="a YAML file; or a run folder, one of its checkpoint folders or "
@@ -235,7 +294,7 @@ def quantise(argv: Sequence[str] | None = None) -> None:
         description="What rounding the maps, queries, keys and values of trained attention to int8 and int4 costs, on real "
         "clips at several noise levels: the error of each part, of the heads' output and of the model's prediction, the share "
         "of true zeros, head by head; every run against the first. Writes quantisation.json and quantisation.png.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders, checkpoint folders or final pipelines")
@@ -257,7 +316,7 @@ def bench(argv: Sequence[str] | None = None) -> None:
         "backward, beside dense attention in its layout and over the whole clip; what share of a training step that "
         "saves; each implementation; and from what length on a mixer is the faster. Writes bench.json and bench.png. "
         "Ctrl-C keeps what is measured. Another device: run.device=cpu.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("what", choices=("attention",), help="what to measure")
@@ -273,6 +332,44 @@ def bench(argv: Sequence[str] | None = None) -> None:
 
         out = args.output_dir or cfg.output_dir.with_name(cfg.output_dir.name + "-bench")
         bench_attention(cfg, device_of(cfg), out, args.repeats)
+
+
+def data(argv: Sequence[str] | None = None) -> None:
+    """`stgen data check|cache|shapes ...`."""
+    from stgen.lab import data_cli  # argparse alone, no torch
+
+    args = data_cli.parse(argv)
+    cfg = _config(args.config, args.overrides) if data_cli.takes_config(args) else None
+    with _told():
+        sys.exit(data_cli.run(args, cfg))
+
+
+def export(argv: Sequence[str] | None = None) -> None:
+    """`stgen export RUN --output DIR`."""
+    parser = argparse.ArgumentParser(
+        prog="stgen export",
+        description="Write a run as a folder of diffusers: the pipeline in safetensors and JSON, a model card (README.md) with "
+        "config, data and metrics, and sample clips. VideoPipeline.from_pretrained and sample.py load it, from the hub too.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="a run folder, one of its checkpoint folders, or a saved pipeline")
+    add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw weights")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer's and a text "
+        "encoder's weights")  # fmt: skip
+    add("--variant", help="a name within the names of the weight files, such as bf16")
+    add("--lora", type=Path, metavar="PATH", help="an adapter to merge into the weights")
+    add("--fold", action="store_true", help="fold batch norms and finished prepbn into the layers behind them")
+    add("--self-describing", action="store_true", help="add pipeline.py, one line, so that plain "
+        "DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True) works where stgen is installed")  # fmt: skip
+    add("--push_to_hub", metavar="ORG/NAME", help="upload the folder to this model repository of the Hugging Face hub")
+    add("--public", action="store_true", help="make a new repository public; it is private otherwise")
+    args = parser.parse_args(argv)
+    with _told():
+        from stgen.export import export as run
+
+        run(args)
 
 
 def doctor(argv: Sequence[str] | None = None) -> None:
@@ -295,7 +392,7 @@ def probe(argv: Sequence[str] | None = None) -> None:
         description="Exact retrieval: one attention layer of each normaliser is trained to fetch one of many things it has "
         "seen, all else being equal. Prints a table of the share answered right by number of things, and writes "
         "probe.json and probe.png. A few minutes on a CPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("runs/probe"), help="where to write")
@@ -341,7 +438,7 @@ def _config(path: Path, overrides: Sequence[str]) -> schema.Config:
 
 
 def _refuse(error: config.ConfigError) -> NoReturn:
-    for line in error.errors:
+    for line in error.errors if os.environ.get("LOCAL_RANK", "0") == "0" else ():  # all ranks of a machine say the same
         print(line if line.startswith("config error") else f"config error: {line}", file=sys.stderr)
     sys.exit(2)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stgen import build, codec, flops, schema
+from stgen import buckets, build, codec, flops, schema
 from stgen.attention.pattern import Remade
 from stgen.attention.selection import causal_outside
 from stgen.build import Parts
@@ -28,14 +28,14 @@ def describe(cfg: schema.Config, parts: Parts, grid: Grid, work: Work, device: t
         if train.max_train_seconds
         else f"{train.num_train_epochs:g} epochs"
     )
-    batch = f"{train.train_batch_size} clips"
+    batch = "one bucket on average" if cfg.data.buckets else f"{train.train_batch_size} clips"
     if train.gradient_accumulation_steps > 1:
         batch += f" in {train.gradient_accumulation_steps} parts"
     clip = f"{cfg.data.num_frames} frames of {cfg.data.height}x{cfg.data.width}"
     sparse = "" if work.executed == work.dense else f" ({readable(work.dense, 'FLOP')} if every layer attended densely)"
     rows = {
         "model": f"{readable(flops.trainable(parts.trained))} parameters, width {model.width}, {model.depth} layers, "
-        f'{model.heads} heads, plan "{model.plan}"{norm_words(model)}',
+        f'{model.heads} heads, plan "{model.plan}"{norm_words(model)}{lora_words(cfg)}',
         "tokens": f"{grid.tokens} a clip ({grid}), from {clip}",
         "work": f"{readable(work.executed, 'FLOP')} a step of {batch}{sparse}, {PRECISION[train.mixed_precision]}, for {limit}",
         "device": f"{device.type} ({torch.get_num_threads()} threads)"
@@ -45,6 +45,12 @@ def describe(cfg: schema.Config, parts: Parts, grid: Grid, work: Work, device: t
         "run folder": str(cfg.output_dir),
     }
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items() if value)
+
+
+def lora_words(cfg: schema.Config) -> str:
+    """What a run starts from, and whether it trains adapters alone: `, LoRA of rank 8 on runs/x`."""
+    start = cfg.model.pretrained
+    return "" if start is None else f", {f'LoRA of rank {cfg.lora.rank} on' if cfg.lora.rank else 'from'} {start}"
 
 
 def norm_words(model: schema.Model) -> str:
@@ -77,7 +83,11 @@ def dry_run(cfg: schema.Config, captions: Sequence[str]) -> str:
     layers = [_layer(i, transformer, layer, grid, length) for i, layer in enumerate(cfg.model.layers)]
     unused = sorted(cfg.model.mixers.keys() - set(cfg.model.mixer_names))
     note = [f"not in the plan: mixer {', '.join(unused)}"] if unused else []
-    return "\n".join([describe(cfg, parts, grid, work, device), memory, *_streaming(cfg, transformer), "plan", *layers, *note])
+    planned = buckets.plan(cfg, codec.as_codec(component)) if cfg.data.buckets else []
+    note += [f"bucket      {b}: {b.grid.tokens} tokens a clip, {b.batch_size} a step" for b in planned]
+    return "\n".join(
+        [describe(cfg, parts, grid, work, device), memory, *_streaming(cfg, transformer), "plan", *layers, *note]
+    )
 
 
 def _streaming(cfg: schema.Config, transformer) -> list[str]:

@@ -13,9 +13,10 @@ def trainable(modules: dict[str, nn.Module]) -> int:
     return sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
 
 
-def step_work(transformer: VideoTransformer, grid: Grid, text_tokens: int, batch: int, recompute: bool) -> Work:
-    """FLOPs of an optimiser step over `batch` clips; with gradient checkpointing the forward pass counts twice."""
-    return transformer.work(grid, text_tokens) * ((4 if recompute else 3) * batch)
+def step_work(transformer: VideoTransformer, grid: Grid, text_tokens: int, batch: int, recompute: float) -> Work:
+    """FLOPs of an optimiser step over `batch` clips; with gradient checkpointing, of a share of
+    the layers or all (1), these count twice in the forward pass."""
+    return transformer.work(grid, text_tokens) * ((3 + recompute) * batch)
 
 
 def activation_bytes(

@@ -7,7 +7,7 @@ from typing import Any
 MOST = 10**12  # of any number that is not named here
 MOST_OF = {  # by the last word of a key: what is allocated, counted through or handed to a system call
     "seed": 2**63 - 1, "held_out_seed": 2**63 - 1,
-    "num_frames": 100_000, "height": 16_384, "width": 65_536, "depth": 1024, "fps": 10_000, "clips": 10**7,
+    "num_frames": 100_000, "height": 16_384, "width": 65_536, "depth": 1024, "fps": 10_000, "clips": 10**7, "cache_clips": 10**4,
     "dataloader_num_workers": 1024, "decode_timeout": 10**6, "train_batch_size": 10**6, "fit_clips": 10**7,
     "max_length": 10**6, "ratio": 4096, "registers": 65_536, "num_train_timesteps": 10**6,
     "num_inference_steps": 100_000, "judged_noises": 10**6,

@@ -26,6 +26,9 @@ from stgen.attention.patterns import leaves
 from stgen.attention.patterns.causal import Causal
 from stgen.attention.pruning import Pruning, check_pruning
 from stgen.attention.spec import PLAIN_LAYOUTS, AttentionMixer, check_heads, check_segment
+from stgen.data_spec import Bucket, HuggingFace, check_buckets, check_source
+from stgen.distributed_spec import Distributed
+from stgen.lora_spec import Lora
 from stgen.mixers import spec as token_mixers
 from stgen.mixers.spec import TCN, Recurrent, TokenMixer
 from stgen.norm_spec import LayerNorm, Norm, check_sites
@@ -61,11 +64,18 @@ class Shapes(Section):
     """How many of the 48 colour x shape x direction combinations are never rendered; no two share a pair of values."""
     held_out_seed: NonNegativeInt = 0
     """Chooses which combinations are held out."""
+    motion: Literal["within", "around"] = "within"
+    """Shapes stay within the frame, or leave it and come back on the other side, so that a motion has no end."""
 
 
 class Data(Section):
     train_data_dir: str | None = None
     """A folder of videos, searched recursively. Null: captioned moving shapes are rendered into the run folder."""
+    source: Literal["folder", "webdataset", "huggingface"] = "folder"
+    """What train_data_dir is: a folder; a folder of .tar files laid out as by WebDataset, or a pattern such as clips-*.tar;
+    the folder or hub id of a dataset that the datasets library reads."""
+    huggingface: HuggingFace = HuggingFace()
+    """What is read of a Hugging Face dataset, under source huggingface."""
     shapes: Shapes = Shapes()
     """The built-in captioned videos, used when train_data_dir is null."""
     num_frames: PositiveInt = 8
@@ -74,6 +84,13 @@ class Data(Section):
     """Height of a training clip in pixels."""
     width: PositiveInt = 48
     """Width of a training clip in pixels."""
+    buckets: list[Bucket] = []
+    """Sizes of training clips, each {num_frames, height, width, batch_size}, instead of the one above, which then is that of
+    sampled clips and one of these. A video goes where it fits best: by aspect ratio, then by size without enlarging, then
+    by length; images go to num_frames 1. The clips of a step are from one bucket. A batch_size left out follows from
+    tokens_per_batch, or else is train.train_batch_size."""
+    tokens_per_batch: PositiveInt | None = None
+    """Most tokens of an optimiser step: how many clips of a bucket that has no batch_size make a step."""
     fps: PositiveFloat | None = None
     """Frames per second of a clip; null keeps each file's own rate."""
     crop: Literal["center", "random"] = "center"
@@ -84,12 +101,25 @@ class Data(Section):
     """Videos set aside for the held-out loss, at most a tenth of the folder."""
     max_reject_fraction: Fraction = 0.5
     """Stop when more than this share of the folder cannot be used."""
-    cache: Literal["none", "memory"] = "none"
-    """`memory`: decode and encode one clip of every video once and keep the latents (fixed codecs)."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """`none` decodes and encodes on the way; `memory`: one clip of every video, once, at the start; `disk` reads what `stgen
+    data cache CONFIG` has encoded, latents and embeddings of a pretrained text encoder, which is then not loaded."""
+    cache_dir: str | None = None
+    """Folder of the cache on disk; null: beside train_data_dir, or beside the run folder where that is null, with -cache behind
+    its name."""
+    cache_clips: PositiveInt = 1
+    """Clips of every video that the cache on disk keeps where clip or crop is random; epochs take turns with them."""
     dataloader_num_workers: NonNegativeInt = 2
     """Processes that decode video; 0 decodes in the training process."""
     decode_timeout: PositiveFloat = 60.0
     """Seconds that a worker may need for one batch before the run stops and names its files."""
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _names_a_folder(cls, path):
+        if path is not None and (not path.strip() or "\0" in path):
+            raise ValueError(f"{path!r} names no folder")
+        return path
 
 
 class PatchPCA(Section):
@@ -192,6 +222,9 @@ class Model(Section):
     """The norm before cross-attention and, under modulation none, all norms; modulated ones are layer norms."""
     pruning: Pruning = Pruning()
     """Tokens and heads that later layers leave out, those that mattered the least before."""
+    pretrained: str | None = None
+    """A run folder, saved pipeline or hub id to start from: its weights, codec and text encoder. The other keys must be those
+    that it was trained with; null: fresh weights."""
 
     @field_validator("mixers")
     @classmethod
@@ -375,10 +408,10 @@ class Train(Section):
     """Stop after this many passes over the folder."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: products and activations in bfloat16; weights, moments and EMA stay in float32."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass to save memory."""
+    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = False
+    """Recompute layers in the backward pass to save memory: all, or a share of them, such as 0.5 for every other one."""
     compile: bool = False
-    """torch.compile the model; worth it on long runs."""
+    """torch.compile the layers, those of one kind once; worth it on long runs."""
 
     @model_validator(mode="after")
     def _one_limit(self):
@@ -449,6 +482,8 @@ class Config(Section):
     optim: Optim = Optim()
     ema: EMA = EMA()
     train: Train
+    distributed: Distributed = Distributed()
+    lora: Lora = Lora()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     log: Log = Log()
@@ -472,6 +507,9 @@ class Config(Section):
                 "validation.judged_noises: the oracle compares with held-out prompts; data.shapes.held_out is 0"
             )
         self._check_sampler()
+        self._check_lora()
+        check_source(data)
+        check_buckets(self)
         if self.objective.frame_times != "clip" and model.modulation == "none":
             raise ValueError(
                 "objective.frame_times: under model.modulation none a clip has one token of time, not one a frame; write "
@@ -495,6 +533,17 @@ class Config(Section):
         if codec.kind != "diffusers":
             self._check_segments(data.num_frames // (codec.patch_size[0] if codec.kind == "pca" else 1))
         return self
+
+    def _check_lora(self):
+        if self.lora.rank and self.model.pretrained is None:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} trains beside weights that exist; write model.pretrained: a run folder or saved "
+                "pipeline, or lora.rank: 0"
+            )
+        if self.lora.rank and self.distributed.kind == "fsdp":
+            raise ValueError(
+                "lora.rank: so few weights are trained that shards save nothing; write distributed.kind: ddp"
+            )
 
     def _check_segments(self, latent_frames: int):
         for name in self.model.mixer_names:

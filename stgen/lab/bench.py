@@ -518,7 +518,7 @@ def _row(case: Case, contenders: list[Contender], shapes: Shapes) -> dict[str, A
     }
 
 
-def _step(step: Contender, rows: list[dict[str, Any]], times: float, recompute: bool) -> dict[str, Any]:
+def _step(step: Contender, rows: list[dict[str, Any]], times: float, recompute: float) -> dict[str, Any]:
     """Milliseconds of the passes of one optimiser step and of its attention; what share of it the mixers save.
 
     A share is of the step as it would be with the rival in the mixer's place; each row is given its own under `saved`.
@@ -527,7 +527,7 @@ def _step(step: Contender, rows: list[dict[str, Any]], times: float, recompute: 
         return {"failure": step.failure or "not measured"}
 
     def a_step(row: dict[str, Any], ms: dict[str, float]) -> float:
-        once = ms["forward_backward_ms"] + (ms["forward_ms"] if recompute else 0)
+        once = ms["forward_backward_ms"] + ms["forward_ms"] * recompute
         return times * len(row["layers"]) * once
 
     whole = times * step.ms["forward_backward_ms"]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from stgen import build, checkpoint, codec, config, dataset, schema, source
+from stgen import build, checkpoint, codec, config, schema, source
 from stgen.lab import inspect_report as report
 from stgen.lab.inspect_advice import THRESHOLDS, advice
 from stgen.lab.inspect_plan import describe_plan
@@ -132,7 +132,7 @@ def clips_of(
 ) -> tuple[list[ClipIn], list[str], str]:
     """Held-out clips of the run's data, training clips where none are held out: with noise and prompt of each."""
     folder, _ = source.open_folder(cfg, home)
-    train, held_out = dataset.split(len(folder), cfg.data.held_out_clips, cfg.run.seed)
+    train, held_out = source.split_as_sampled(cfg, folder)
     pool, of = (held_out, "held-out") if held_out else (train, "training")
     order = torch.randperm(len(pool), generator=generator(seed, "inspect", "clips")).tolist()[:count]
     batch = source.Batch.read(folder.within(pool), [pool[i] for i in order], pipeline.codec, device)
@@ -140,6 +140,6 @@ def clips_of(
     for i, latents in enumerate(batch.latents):
         noise = torch.randn(latents.shape, generator=generator(seed, "inspect", i)).to(device)
         with torch.no_grad():
-            prompt, mask = pipeline.encode_prompt(batch.captions[i])
+            prompt, mask, *_ = pipeline.encode_prompt(batch.captions[i])
         clips.append(ClipIn(latents[None], noise[None], prompt, mask))
     return clips, batch.files, of

@@ -162,7 +162,7 @@ def _open(run: Path) -> _Subject:
     for module in parts.trained.values():
         module.eval()
     videos, split = source.open_folder(cfg, run)
-    train, held_out = dataset.split(len(videos), cfg.data.held_out_clips, cfg.run.seed)
+    train, held_out = source.split_as_sampled(cfg, videos)
     return _Subject(run, cfg, pipeline, parts, videos, split, train, held_out, _steps(run), device)
 
 
@@ -197,7 +197,7 @@ def _sampled(one: _Subject, protocol: Protocol) -> tuple[list[Tensor], dict[str,
     if one.split is not None and one.split.held_out:
         count = one.cfg.validation.judged_noises * len(one.split.held_out) or protocol.samples
         groups = validation.asked_clips(one.cfg, one.pipeline, one.split, count)
-        verdicts = validation.verdicts(groups, one.videos)
+        verdicts = validation.verdicts(groups, one.videos, one.split.around)
         detail = verdicts["accuracy_detail"]
         return groups["seen"][1], verdicts["accuracy"] | {"detail": detail}
     ids = one.held_out or one.train
@@ -388,7 +388,8 @@ def _attention(one: _Subject, batch: source.Batch, protocol: Protocol) -> dict[s
     inputs = []
     for i, latents in enumerate(batch.latents[: protocol.attention_clips]):
         noise = torch.randn(latents.shape, generator=generator(protocol.seed, "measure", "attention", i))
-        inputs.append(ClipIn(latents[None], noise[None].to(one.device), *one.pipeline.encode_prompt(batch.captions[i])))
+        prompt, mask, *_ = one.pipeline.encode_prompt(batch.captions[i])
+        inputs.append(ClipIn(latents[None], noise[None].to(one.device), prompt, mask))
     times = [(i + 0.5) / protocol.attention_times for i in range(protocol.attention_times)]
     found = study(one.parts.transformer, one.objective, one.grid, inputs, times).uses
     known = [use for use in found if use.sample is not None]

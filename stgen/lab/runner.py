@@ -50,6 +50,7 @@ def _render(todo: Sequence[Job]) -> None:
             clips=data.shapes.clips,
             held_out=data.shapes.held_out,
             held_out_seed=data.shapes.held_out_seed,
+            motion=data.shapes.motion,
             num_frames=data.num_frames,
             height=data.height,
             width=data.width,

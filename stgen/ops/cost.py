@@ -13,8 +13,8 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.executed + other.executed, self.dense + other.dense)
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(self.executed * times, self.dense * times)
+    def __mul__(self, times: float) -> "Work":
+        return Work(int(self.executed * times), int(self.dense * times))
 
 
 def linear_flops(tokens: int, inputs: int, outputs: int) -> int:

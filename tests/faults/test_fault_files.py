@@ -168,7 +168,7 @@ TRAPS: dict[str, tuple[Callable[[Path], None], str]] = {  # trap: (what it does 
     "a huge clip": (edit("model_index.json", lambda i: i["sampling"].update(num_frames=10**9)), "sampling.num_frames"),
     "a clip of words": (edit("model_index.json", lambda i: i["sampling"].update(num_frames="8")), "sampling.num_frames"),
     "a rate of nothing": (edit("model_index.json", lambda i: i["sampling"].update(fps=0)), "sampling.fps"),
-    "no size": (edit("model_index.json", lambda i: i.update(sampling={})), "sampling.num_frames"),
+    "half a size": (edit("model_index.json", lambda i: i["sampling"].__delitem__("num_frames")), "sampling.num_frames"),
     "code beside weights": (adds("transformer/stgen.model.py"), "stgen.model.py: a saved pipeline holds"),
     "code above": (adds("pipeline.py"), "pipeline.py: a saved pipeline holds"),
     "pickled weights": (adds("transformer/diffusion_pytorch_model.bin"), "diffusion_pytorch_model.bin: a saved pipeline"),
@@ -535,10 +535,10 @@ def test_linked_folders_and_linked_pairs_keep_their_words(videos, tmp_path):
 
 @pytest.mark.parametrize("name", ["0.txt", "metadata.jsonl", "metadata.csv"])
 def test_words_without_end_are_refused(videos, tmp_path, name, monkeypatch):
-    from stgen import dataset
+    from stgen import dataset, listing
 
-    monkeypatch.setattr(dataset, "MAX_CAPTION", 1000)
-    monkeypatch.setattr(dataset, "MAX_METADATA", 1000)
+    monkeypatch.setattr(listing, "MAX_CAPTION", 1000)
+    monkeypatch.setattr(listing, "MAX_METADATA", 1000)
     folder = shutil.copytree(videos, tmp_path / "set")
     (folder / name).write_text("x" * 1001)
     if name == "0.txt":

@@ -198,7 +198,7 @@ def test_hostile_captions_survive_csv(tmp_path):
     text = io.StringIO(newline="")
     csv.writer(text).writerows([["prompt"], *([word] for word in words)])
     (tmp_path / "p.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
-    from stgen.sample import read_prompt_file
+    from stgen.requests import read_prompt_file
 
     kept = [row["prompt"] for _, row in read_prompt_file(tmp_path / "p.csv")]
     assert kept == words

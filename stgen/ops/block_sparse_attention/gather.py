@@ -138,7 +138,7 @@ class _Task(ABC):
         """What the backward needs besides q, k and v, once the chunks are through."""
         return ()
 
-    def resume(self, d_lse: Tensor | None, found: list[Tensor]) -> None:
+    def resume(self, d_lse: Tensor | None, found: list[Tensor]) -> None:  # noqa: B027 (nothing to take up is usual)
         """Take it up, and the gradient of the LSE [rows, block queries]."""
 
     def lse(self) -> Tensor | None:
