@@ -358,6 +358,11 @@ def check_heads(mixer: AttentionMixer, pattern: Pattern, normaliser: Normaliser,
 
 def _check_pattern(mixer: AttentionMixer, pattern: Pattern, parts: list[Pattern]) -> None:
     causal = any(isinstance(part, Causal) for part in parts)
+    if causal and mixer.approximate.quantise and mixer.approximate.form == "integer":
+        raise ValueError(
+            "approximate: integers are scaled by the largest number of a sequence, future ones included; under causal write "
+            "form: fixed"
+        )
     for part in parts:
         if isinstance(part, Remade) and len(parts) + isinstance(pattern, AnyOf) > 1:
             raise ValueError(f"pattern: {part.kind} makes keys of its own and stands alone, not in a list or in all")
@@ -415,11 +420,6 @@ def _check_memory(mixer: AttentionMixer, parts: list[Pattern], normaliser: Norma
         raise ValueError(
             "memory: linear attention sums over all keys and cannot leave out those that a ring does; write memory: infini, "
             "or another normaliser"
-        )
-    if mixer.approximate.quantise and mixer.approximate.form == "integer":
-        raise ValueError(
-            "memory: integers are scaled by the largest number of a whole clip, which a stream does not know; write "
-            "approximate.form: fixed"
         )
 
 

@@ -161,6 +161,10 @@ def test_polynomial_logits_by_hand():
         ({"normaliser": {"kind": "linear"}, "approximate": {"quantise": ["map"]}}, "no map to quantise"),
         ({"reuse": {"what": "map"}, "approximate": {"quantise": ["map"]}}, "is rounded there"),
         ({"approximate": {"quantise": ["q", "q"]}}, "name each once"),
+        (
+            {"pattern": {"kind": "causal"}, "approximate": {"quantise": ["k"]}},
+            "future ones included; under causal write form: fixed",
+        ),
         ({"approximate": {"quantise": ["q"], "bits": 1}}, "greater than or equal to 2"),
         ({"approximate": {"bits": {"kind": "linear", "start": 4, "end": 8, "steps": 2}}}, "may only fall"),
         ({"normaliser": {"kind": "poly_logits", "clamp": 0}}, "greater than 0"),

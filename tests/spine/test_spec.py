@@ -55,7 +55,7 @@ FAULTS = {
     '{memory: {kind: ring, window: 2}, heads: {"0-1": {pattern: causal}}}': "but full looks at later ones",
     "{memory: {kind: ring, window: 2}, pattern: causal, normaliser: linear}": "cannot leave out those that a ring does; write "
     "memory: infini, or another normaliser",
-    "{memory: {kind: ring, window: 2}, pattern: causal, approximate: {quantise: [k]}}": "write approximate.form: fixed",
+    "{memory: {kind: ring, window: 2}, pattern: causal, approximate: {quantise: [k]}}": "under causal write form: fixed",
     "{memory: {kind: ring, window: 0}, pattern: causal}": "model.mixers.a.memory",
     '{normaliser: relu, heads: {"0-1": {sink: logit}}}': "model.mixers.a.heads.0-1.sink: a logit is mass in a softmax",
 }
