@@ -271,9 +271,9 @@ def test_a_command_runs(home, command, capsys):
         execute(home, "python train.py configs/streaming.yaml")
     if "--lora" in command:
         execute(home, LORA)
-    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in home.rglob("*")}
     execute(home, command)
-    written = [path for path in home.rglob("*") if before.get(path) != path.stat().st_mtime_ns]
+    written = [path for path in home.rglob("*") if before.get(path) != path.lstat().st_mtime_ns]
     assert written or len(capsys.readouterr().out) > 200
 
 
