@@ -1,7 +1,5 @@
 """The story of a run: a folder of videos in; checkpoints, metrics, clips and a pipeline out."""
 
-import fcntl
-import hashlib
 import itertools
 import json
 import math
@@ -13,9 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +32,7 @@ from stgen import (
     parallel,
     preflight,
     ranks,
+    run_folder,
     saving,
     schedules,
     schema,
@@ -45,24 +43,13 @@ from stgen import (
 )
 from stgen.describe import describe
 from stgen.ema import EMA
-from stgen.logger import DISK, Logger
+from stgen.logger import Logger
 from stgen.objective import Objective
 from stgen.progress import Meter, Progress, steps_of
+from stgen.run_folder import TrainingError as TrainingError  # raised by train
 from stgen.source import Batch
 from stgen.step import accumulate, drawn
 from stgen.tokens import grid_of
-
-# Keys that may differ on resume without changing what the run computes up to its limit.
-FREE_KEYS = (
-    "run.output_dir", "run.resume_from_checkpoint", "run.allow_changed_config", "run.device",
-    "log.", "checkpoint.", "validation.", "distributed.", "data.dataloader_num_workers", "data.decode_timeout",
-    "data.cache_dir", "data.huggingface.folder",
-)  # fmt: skip
-LIMIT_KEYS = ("train.max_train_steps", "train.max_train_seconds", "train.num_train_epochs")
-
-
-class TrainingError(Exception):
-    """Something that ends the run; a sentence that says where to look and what to do."""
 
 
 def train(cfg: schema.Config) -> dict[str, Any]:
@@ -72,10 +59,11 @@ def train(cfg: schema.Config) -> dict[str, Any]:
     """
     began = time.monotonic()
     device = build.device_of(cfg)
-    with ranks.together(device, cfg.distributed.timeout), ExitStack() as closing:
-        ranks.check_same(_identity(cfg))
+    # What is open is closed last: the logger may wait for W&B, and the others must know of a failure before.
+    with ExitStack() as closing, ranks.together(device, cfg.distributed.timeout):
+        ranks.check_same(run_folder.identity(cfg))
         parallel.check_batch(cfg)
-        ranks.in_turn(lambda: closing.enter_context(_run_folder(cfg.output_dir, keep=_goes_on(cfg))))
+        ranks.in_turn(lambda: closing.enter_context(run_folder.held(cfg.output_dir, run_folder.goes_on(cfg))))
         run = Run(cfg, device, closing)
         run.tell()
         run.check_memory()
@@ -102,13 +90,16 @@ class Run:
         self.cfg, self.device, self.dir = cfg, device, cfg.output_dir
         self.loaded = saving.resolve(self.dir, cfg.run.resume_from_checkpoint)
         if self.loaded is not None:
-            _check_same_config(cfg, build.read_state(self.loaded, resume=True), self.loaded.path)
+            run_folder.check_same_config(cfg, build.read_state(self.loaded, resume=True), self.loaded.path)
         if ranks.is_first():
             (self.dir / "config.yaml").write_text(config.dump(cfg))
             (self.dir / "env.json").write_text(json.dumps(_environment(device), indent=2) + "\n")
         seed_everything(cfg.run.seed)
         self._open_data()
-        self._build()
+        self._build_parts()
+        self._open_clips()
+        self._build_training()
+        self._reckon()
         if self.loaded is not None:
             self._go_on(self.loaded)
             self.loaded = replace(self.loaded, tensors={})  # they are as much again as the run's own
@@ -120,8 +111,10 @@ class Run:
         """The folder, its split, and the words that a learned text encoder will know."""
         cfg = self.cfg
         self.folder, self.split = ranks.in_turn(lambda: source.open_folder(cfg, self.dir))
-        ranks.check_same({"the number of usable videos": len(self.folder), "their names": fingerprint(self.folder)})
-        _check_same_folder(cfg, self.folder, self.loaded)
+        ranks.check_same(
+            {"the number of usable videos": len(self.folder), "their names": run_folder.fingerprint(self.folder)}
+        )
+        run_folder.check_same_folder(cfg, self.folder, self.loaded)
         if ranks.is_first():
             dataset.write_rejects(self.dir / "rejects.jsonl", self.folder.rejects)
         self.train_ids, self.held_ids = self.folder.split(cfg.data.held_out_clips)
@@ -131,8 +124,8 @@ class Run:
         self.fps = self.folder.rate
         self.prompts = validation.prompts_of(cfg, self.captions, self.split)
 
-    def _build(self) -> None:
-        """Parts on their ranks, the clips as they see them, optimiser and averages, and what a step costs."""
+    def _build_parts(self) -> None:
+        """The parts, with a checkpoint's weights where there is one, on their ranks."""
         cfg = self.cfg
         known = latent_cache.open_text(cfg, self.folder, self.split)
         self.parts = build.build_parts(cfg, self.vocabulary, known=known)
@@ -142,14 +135,21 @@ class Run:
         if cfg.train.compile:
             self.parts.transformer.compile_repeated_blocks()  # layers of one kind share what is compiled
         self.spread = parallel.spread_of(cfg, self.parts, self.device)
-        parallel.place(self.spread, self.parts, self.device)
-        codec = self.parts.codec
+        parallel.place(self.spread, self.parts, self.device, cfg.train.mixed_precision)
+
+    def _open_clips(self) -> None:
+        """The codec, fitted, and the clips as it gives them."""
+        cfg, codec = self.cfg, self.parts.codec
         if ranks.is_first():
             source.fit_or_load_codec(cfg, codec, self.folder, self.train_ids, self.loaded)
         ranks.broadcast(build.codec_tensors(codec))
         self.clips = source.Source(cfg, self.folder, self.train_ids, codec, self.device, self.dir)
         apart = self.folder.within(self.held_ids)
         self.held_out = Batch.of_sizes(apart, self.held_ids, codec, self.device, self.clips.disk)
+
+    def _build_training(self) -> None:
+        """Optimiser and averages of the parts, and how far the run is."""
+        cfg = self.cfg
         self.objective = Objective(**cfg.objective.model_dump())
         self.names = optim.named_parameters(self.parts.trained)
         self.optimizer = optim.build(self.parts.trained, cfg.optim)
@@ -157,6 +157,10 @@ class Run:
         self.progress = Progress(total=steps_of(cfg, self.clips.sampler))
         self.pipeline = build.build_pipeline(cfg, self.parts, self.fps)
         self.learner = parallel.Learner(self.spread, self.parts)
+
+    def _reckon(self) -> None:
+        """What a step costs."""
+        cfg = self.cfg
         self.grid = grid_of(tuple(self.clips.latent_shape[1:]), cfg.tokens.patch_size)
         encoded = text.encode(self.parts.text_encoder, self.parts.tokenizer, self.captions[:1], cfg.text.max_length)
         works = buckets.works(cfg, self.parts.transformer, self.clips.buckets, encoded[1].shape[1])
@@ -169,7 +173,7 @@ class Run:
         optim.load_state_tensors(self.optimizer, self.names, loaded.tensors["optimizer"])
         checkpoint.restore_random_state(loaded.tensors["random"])
         self.progress = Progress.resumed(loaded, self.progress.total, self.cfg)
-        if not _goes_on(self.cfg):
+        if not run_folder.goes_on(self.cfg):
             self.progress.wandb_id = None
 
     def _open_logger(self, closing: ExitStack) -> None:
@@ -185,7 +189,7 @@ class Run:
             group=cfg.log.group,
             name=cfg.log.name or self.dir.name,
             run_id=progress.wandb_id,
-            resume_step=(progress.step if self.loaded is not None else -1) if _goes_on(cfg) else None,
+            resume_step=(progress.step if self.loaded is not None else -1) if run_folder.goes_on(cfg) else None,
             done=progress.done,
         )
         closing.callback(self.logger.finish)
@@ -205,8 +209,7 @@ class Run:
     def check_memory(self) -> None:
         """Of several buckets the largest first: whether its batch fits. Raises DataError where it does not."""
         if self.cfg.data.buckets and not self.progress.done:
-            wrapped = self.spread.kind == "ddp"  # a second copy of all gradients
-            coming = (0 if self.optimizer.state else 8) + 4 * wrapped
+            coming = 0 if self.optimizer.state else 8  # two moments; DDP's copies of gradients lie there already
             reserve = coming * sum(shards.local(weight).numel() for weight in self.names.values())
             parts, used = self.parts, self.clips.buckets
             ranks.say(preflight.check(self.cfg, parts, self.objective, used, self.captions, reserve))
@@ -227,7 +230,7 @@ class Run:
             "random": checkpoint.random_state(),
             "codec": build.codec_tensors(self.parts.codec),
         }
-        state = {"vocabulary": self.vocabulary, "fps": self.fps, "files": fingerprint(self.folder)}
+        state = {"vocabulary": self.vocabulary, "fps": self.fps, "files": run_folder.fingerprint(self.folder)}
         return tensors, {**self.progress.state(), **state, "config": self.cfg.model_dump(mode="json")}
 
     def save(self) -> None:
@@ -249,18 +252,18 @@ class Run:
         """The error of a step that is not finite, all that it was computed from being kept."""
         tensors, state = self.content()
         _, noises, times, told = zip(*drawn(self.cfg, self.objective, batch, self.progress.step), strict=True)
-        looked_at = {"latents": batch.latents, "noise": torch.cat(noises), "times": torch.cat(times)}
+        inputs = {"latents": batch.latents, "noise": torch.cat(noises), "times": torch.cat(times)}
+        spoiled = self._spoiled(inputs, tensors)
+        found = ranks.merged({"files": batch.files, "captions": [*itertools.chain(*told)], "spoiled": spoiled})
+        found["spoiled"] = list(dict.fromkeys(found["spoiled"]))
+        report = {"step": self.progress.step, "loss": loss, "grad_norm": norm, **found}
+        return finite.stop(self.dir, report, {**tensors, "batch": inputs}, state, saving.dump)
+
+    def _spoiled(self, inputs: dict[str, torch.Tensor], tensors: dict[str, dict[str, torch.Tensor]]) -> list[str]:
+        """Names of what holds NaN or infinity on this rank, what is upstream first."""
         gradients = {name: weight.grad for name, weight in self.names.items() if weight.grad is not None}
-        kept = {
-            "batch": looked_at,
-            "model": self.names,
-            **{group: tensors[group] for group in ("ema", "optimizer", "codec")},
-        }
-        captions = list(itertools.chain(*told))
-        found = {"files": batch.files, "captions": captions, "spoiled": finite.spoiled({**kept, "gradient": gradients})}
-        report = {"step": self.progress.step, "loss": loss, "grad_norm": norm, **ranks.merged(found)}
-        report["spoiled"] = list(dict.fromkeys(report["spoiled"]))
-        return finite.stop(self.dir, report, {**tensors, "batch": looked_at}, state, saving.dump)
+        state = {group: tensors[group] for group in ("ema", "optimizer", "codec")}
+        return finite.spoiled({"batch": inputs, "model": self.names, **state, "gradient": gradients})
 
     # -------------------------------------------------------------------------------------------- the looks at it
 
@@ -329,7 +332,7 @@ def loop(run: Run) -> str | None:
         if progress.step == 0 and cfg.validation.steps is not None:
             run.validate()
         batches = run.clips.batches(progress.step)
-        while (signal := ranks.agreed(stop.requested)) is None and not progress.done:
+        while ranks.agreed(stop.requested) is None and not progress.done:
             rate = learning_rate(cfg, progress)
             make_step(run, batches, rate)
             bar.total = progress.total
@@ -345,7 +348,7 @@ def loop(run: Run) -> str | None:
         if run.saved != progress.step:
             with stop.protected():
                 run.save()
-    return signal
+        return ranks.agreed(stop.requested)  # also of a signal that came while the last checkpoint was written
 
 
 def make_step(run: Run, batches: Iterator[Batch], rate: float) -> None:
@@ -403,85 +406,6 @@ def finish(run: Run, began: float) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- the run folder
 
 
-@contextmanager
-def _run_folder(run_dir: Path, keep: bool) -> Iterator[None]:
-    """Make the run folder and hold it for this run; an earlier run that is not resumed is moved aside, whole.
-
-    The first rank does it for all. Raises TrainingError when another run trains into it.
-    """
-    if not ranks.is_first():
-        yield
-        return
-    try:
-        if run_dir.exists() and not run_dir.is_dir():
-            raise TrainingError(f"run.output_dir: {run_dir} is a file; name a folder")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = _lock(run_dir)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise TrainingError(
-            f"run.output_dir: {run_dir} cannot be made or written to: {reason}; choose another"
-        ) from None
-    if not keep and ((run_dir / "metrics.jsonl").exists() or any(run_dir.glob("checkpoint-*"))):
-        home = run_dir.resolve()
-        aside = next(p for i in itertools.count(1) if not (p := home.with_name(f"{home.name}-old{i}")).exists())
-        home.rename(aside)
-        home.mkdir()
-        tqdm.write(f"{run_dir} held an earlier run; it now lies in {aside} (resume it with run.output_dir={aside})")
-        lock.close()
-        lock = _lock(home)
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        raise TrainingError(_told(run_dir, error)) from error
-    finally:
-        lock.close()
-
-
-def _told(run_dir: Path, error: OSError) -> str:
-    """A disk's refusal as a sentence."""
-    return (
-        f"{error.filename or run_dir}: {(error.strerror or str(error)).lower()}; checkpoints already written to {run_dir} are "
-        "whole: make room, or choose another run.output_dir, and go on with run.resume_from_checkpoint=latest"
-    )
-
-
-def _lock(run_dir: Path) -> IO[str]:
-    """Hold the folder until the file is closed or the process ends."""
-    lock = (run_dir / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise TrainingError(
-            f"run.output_dir: another process is training into {run_dir}; choose another folder"
-        ) from None
-    return lock
-
-
-def _goes_on(cfg: schema.Config) -> bool:
-    """Whether the run continues in its own folder; a run that starts from another one's checkpoint is a new run."""
-    which = cfg.run.resume_from_checkpoint
-    return which == "latest" or (which != "none" and cfg.output_dir.resolve() in (Path(which) / "_").resolve().parents)
-
-
-def fingerprint(folder: dataset.VideoFolder) -> str:
-    """A hash of the usable videos, in order, and what metadata says of them: it decides the split and the order of training."""
-    return hashlib.sha256(os.fsencode("\n".join(folder.identity(i) for i in range(len(folder))))).hexdigest()
-
-
-def _check_same_folder(cfg: schema.Config, folder: dataset.VideoFolder, loaded: checkpoint.Loaded | None) -> None:
-    """Raise TrainingError when the usable videos are not those that the checkpoint was trained on."""
-    if loaded is None or cfg.run.allow_changed_config or loaded.state["files"] == fingerprint(folder):
-        return
-    raise TrainingError(
-        f"{folder.root} no longer holds the videos that {loaded.path} was trained on, so order and held-out clips would "
-        "change (restore them, or say run.allow_changed_config=true)"
-    )
-
-
 def seed_everything(seed: int) -> None:
     """Seed the global generators. The loop draws from none of them; libraries that it calls might."""
     torch.manual_seed(seed)
@@ -489,50 +413,16 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
 
 
-def _check_same_config(cfg: schema.Config, saved: schema.Config, path: Path) -> None:
-    """Raise TrainingError listing every key that shapes the run and differs from that of the checkpoint at `path`.
-
-    Keys that are younger than the checkpoint have their defaults there.
-    """
-    both = (x.model_dump(mode="json") for x in (saved, cfg))
-    changed = [line for line in config.differences(*both) if not line.startswith(FREE_KEYS)]
-    limits = [line for line in changed if line.startswith(LIMIT_KEYS)]
-    others = [line for line in changed if line not in limits]
-    if limits:
-        ranks.say("the run's limit changes, and with it the course of the learning rate: " + "; ".join(limits))
-    if others and not cfg.run.allow_changed_config:
-        raise TrainingError(
-            f"{path} was written under another config: {'; '.join(others)} "
-            "(restore these keys, or say run.allow_changed_config=true)"
-        )
-
-
-def _identity(cfg: schema.Config) -> dict[str, Any]:
-    """What must be alike on all ranks."""
-    code = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        code.update(file.read_bytes())
-    packages = {package: _version(package) for package in ("torch", "diffusers", "transformers")}
-    return {"config": cfg.model_dump(mode="json"), "the code of stgen": code.hexdigest()[:12], "packages": packages}
-
-
 def _environment(device: torch.device) -> dict[str, Any]:
     packages = ("stgen", "torch", "torchvision", "triton", "diffusers", "transformers", "av", "wandb")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in packages},
+        "packages": {package: run_folder.version_of(package) for package in packages},
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
         "pid": os.getpid(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 # ------------------------------------------------------------------------------------------ the parts of the loop

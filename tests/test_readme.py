@@ -271,6 +271,8 @@ def test_a_command_runs(home, command, capsys):
         execute(home, "python train.py configs/streaming.yaml")
     if "--lora" in command:
         execute(home, LORA)
+    if command.endswith("data.cache=disk"):
+        execute(home, "stgen data cache configs/mine.yaml --jobs 2")
     before = {path: path.lstat().st_mtime_ns for path in home.rglob("*")}
     execute(home, command)
     written = [path for path in home.rglob("*") if before.get(path) != path.lstat().st_mtime_ns]
