@@ -64,6 +64,7 @@ COMMANDS: dict[str, Cut | str] = {
     ". .venv/bin/activate": INSTALLS,
     'pip install -e ".[dev]"': INSTALLS,
     "pytest -n auto --dist loadfile": TESTS,
+    "pytest -n auto --dist loadfile -m slow": TESTS,
     "ruff check .": TESTS,
     "ruff format --check .": TESTS,
     "pyright": TESTS,
