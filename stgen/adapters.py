@@ -170,12 +170,14 @@ class Adaptation(nn.Module):
                 heads = _heads(mixer, layers, i, grid, with_text=anatomy.text != "apart")
             except ValueError as error:
                 raise AdaptError(f"layer {i}: {error}") from None
-            self.heads[str(i)] = heads.to(first.device, first.dtype)
+            exact = torch.float64 if first.dtype == torch.float64 else torch.float32  # in low precision too
+            self.heads[str(i)] = heads.to(first.device, exact)
         self._own = [(layers[i].attention, layers[i].attention.processor) for i in self.keys]
         for i, (attention, own) in zip(self.keys, self._own, strict=True):
             attention.set_processor(Adapted(own, self.heads[str(i)], layers[i].axes, place))
             place.layers.append((i, attention, attention.processor))
         self._hook = transformer.register_forward_pre_hook(place.see, with_kwargs=True)
+        self._transformer: list[Any] = [transformer]  # in a list, since it is no part of this module
 
     def restore(self) -> None:
         """Give every layer its own processor back; the learned parts remain in this object."""
@@ -183,6 +185,9 @@ class Adaptation(nn.Module):
             attention.set_processor(own)
         self._own = []
         self._hook.remove()
+        recompute = getattr(self._transformer[0], "_gradient_checkpointing_func", None)
+        if isinstance(recompute, Recompute):
+            self._transformer[0]._gradient_checkpointing_func = recompute.own
 
     def at_step(self, step: int) -> None:
         """Tell numbers that change over training how many optimiser steps were made."""
@@ -205,11 +210,18 @@ def _loaded(transformer: nn.Module, folder: Path) -> Adaptation:
     try:
         content = json.loads((folder / SPEC).read_bytes())
         tensors = load_file(folder / WEIGHTS)
-        layers, grid = content["layers"], content["grid"]
+        layers: Any = content["layers"]
+        grid: Any = content["grid"]
+        if not isinstance(layers, dict):
+            raise TypeError("layers is no mapping")
+        if grid is not None and not (
+            isinstance(grid, list) and len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)
+        ):
+            raise TypeError("grid is neither null nor three whole numbers from 1 on")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)[:100]
         raise AdaptError(f"{folder}: holds no adaptation ({SPEC}, {WEIGHTS}): {reason}") from None
-    adaptation = adapt(transformer, layers, grid)
+    adaptation = adapt(transformer, layers, None if grid is None else tuple(grid))  # type: ignore[arg-type]
     try:
         load_into(adaptation.heads, tensors, "attention")
     except CheckpointError as error:
@@ -334,6 +346,9 @@ class Place:
                 )
         call = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         self.grid = self.anatomy.grid(model.config, call)
+        recompute = getattr(model, "_gradient_checkpointing_func", None)  # set anew by enable_gradient_checkpointing
+        if recompute is not None and not isinstance(recompute, Recompute):
+            model._gradient_checkpointing_func = Recompute(recompute, self)
 
     def clip(self, tokens: int, axes: str) -> Grid:
         """The grid of a sequence of so many tokens, those of the prompt among them."""
@@ -359,6 +374,22 @@ class Place:
         if self._masked[0] is not mask:  # it is the same in all layers, and reading it waits for the device
             self._masked = (mask, _alike(mask[:, 0, 0, text]))
         return self._masked[1]
+
+
+class Recompute:
+    """Gradient checkpointing by which a block runs again on the grid of its own forward pass, not on that of the last one."""
+
+    def __init__(self, own: Callable[..., Any], place: Place):
+        self.own, self.place = own, place
+
+    def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
+        grid = self.place.grid
+
+        def placed(*args: Any, **kwargs: Any) -> Any:
+            self.place.grid = grid
+            return block(*args, **kwargs)
+
+        return self.own(placed, *args, **kwargs)
 
 
 def _alike(seen: Tensor) -> list[tuple[Any, Any]]:
@@ -504,7 +535,7 @@ class HeadsWithText(Heads):
     ) -> Tensor:
         """Linear attention of [S, heads, n, D] to [S, heads, m, D], of which the first `words` are seen by all."""
         phi: Any = self.features
-        k, v = self._with_sink(k, self.sink.k, None), self._with_sink(v, self.sink.v, None)
+        k, v = self._with_sink(k, self.sink("k"), None), self._with_sink(v, self.sink("v"), None)
         prefix = self.sink.count + words
         return linear_attention(phi(q, True), phi(k, False), v, key_mask=mask, chunk=chunk, prefix=prefix)
 

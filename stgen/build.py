@@ -13,7 +13,7 @@ from pydantic import AllowInfNan, NonNegativeFloat, PositiveFloat, PositiveInt, 
 from torch import nn
 
 from stgen import checkpoint, codec, lora, schema, text
-from stgen.fetched import HUB_ID
+from stgen.fetched import is_hub_id, missing
 from stgen.model import VideoTransformer, spec_of
 from stgen.objective import Objective
 from stgen.pipeline import VideoPipeline, build_scheduler
@@ -98,10 +98,15 @@ def build_transformer(cfg: schema.Config, latent_shape: tuple[int, int, int, int
         transformer = VideoTransformer(**_transformer_keys(cfg, channels, grid, text_width))
     except ValueError as error:
         raise BuildError(f"model.{error}") from None
+    _recompute(cfg, transformer)
+    return transformer
+
+
+def _recompute(cfg: schema.Config, transformer: VideoTransformer) -> None:
+    """Compute activations again in the backward pass, of as many layers as train.gradient_checkpointing says."""
     if cfg.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         transformer.recomputed = float(cfg.train.gradient_checkpointing)
-    return transformer
 
 
 def _transformer_keys(cfg: schema.Config, channels: int, grid: Grid, text_width: int) -> dict[str, Any]:
@@ -153,9 +158,7 @@ def _pretrained_parts(cfg: schema.Config, name: str, local: bool, known: tuple[A
     shape = codec.as_codec(pipeline.codec).latent_shape(cfg.data.num_frames, cfg.data.height, cfg.data.width)
     _check_same_form(cfg, name, pipeline, shape, width)
     transformer = pipeline.transformer
-    if cfg.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-        transformer.recomputed = float(cfg.train.gradient_checkpointing)
+    _recompute(cfg, transformer)
     parts = Parts(pipeline.codec, text_encoder, tokenizer, transformer, adapted=bool(cfg.lora.rank))
     if parts.adapted:
         lora.attach(transformer, cfg.lora)
@@ -231,8 +234,10 @@ def complete(cfg: schema.Config, pipeline: VideoPipeline) -> Iterator[None]:
     stand_in = pipeline.text_encoder
     if isinstance(stand_in, text.KnownPrompts):
         pipeline.register_modules(text_encoder=build_text(cfg, [])[0])
-    yield
-    pipeline.register_modules(text_encoder=stand_in)
+    try:
+        yield
+    finally:
+        pipeline.register_modules(text_encoder=stand_in)
 
 
 # --------------------------------------------------------------------------------------- states in checkpoints
@@ -332,7 +337,13 @@ def load_pipeline(folder: Path, weights: str = "ema") -> VideoPipeline:
     A finished run's `final/` holds the averaged weights; raw weights come from its newest checkpoint.
     Raises BuildError when the folder holds none of these.
     """
-    if not folder.exists() and HUB_ID.fullmatch(str(folder)):
+    if reason := missing(folder):
+        raise BuildError(f"{reason}; name a run folder, a checkpoint, a saved pipeline or a hub id")
+    if is_hub_id(folder):
+        if weights == "raw":
+            raise BuildError(
+                f"{folder} is fetched from the hub and holds one set of weights; raw ones are in a run's checkpoints"
+            )
         return _saved_pipeline(folder)
     if (folder / INDEX).is_file():
         if weights == "raw":

@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig, ModelHook, TaylorSeerCacheConfig
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
 from torch import Tensor, nn
 
 from stgen.attention.attend import Attention
 from stgen.attention.patterns import is_fixed
 from stgen.attention.selection import Selection
-from stgen.blocks import Block
 
 OPTIONS: dict[str, dict[str, float]] = {  # of each kind, with what they are unless given
     "first_block": {"threshold": 0.05},
@@ -118,7 +116,7 @@ def _hooked(pipeline: Any, cache: Cache, steps: int, tally: Tally) -> Iterator[N
         ]
     else:
         _check_layers_are_apart(transformer, cache.kind)
-        transformer.enable_cache(_config(cache, steps, len(transformer.blocks)))
+        transformer.enable_cache(_config(cache, steps))
         try:
             yield
         finally:
@@ -133,19 +131,16 @@ def _hooked(pipeline: Any, cache: Cache, steps: int, tally: Tally) -> Iterator[N
             HookRegistry.check_if_exists_or_initialize(module).remove_hook(HOOK, recurse=False)
 
 
-def _config(cache: Cache, steps: int, depth: int) -> Any:
+def _config(cache: Cache, steps: int) -> Any:
     """The section of diffusers that says the same."""
-    TransformerBlockRegistry.register(Block, TransformerBlockMetadata(return_hidden_states_index=0))  # type: ignore
     if cache.kind == "first_block":
         return FirstBlockCacheConfig(threshold=cache["threshold"])
-    if cache.kind == "taylorseer":  # the last layer's output is extrapolated; those before it need none
+    if cache.kind == "taylorseer":
         return TaylorSeerCacheConfig(
             cache_interval=int(cache["every"]),
             disable_cache_before_step=int(cache["start"]),
             max_order=int(cache["order"]),
             taylor_factors_dtype=torch.float32,
-            cache_identifiers=[rf"blocks\.{depth - 1}"],
-            skip_predict_identifiers=[rf"blocks\.{i}" for i in range(depth - 1)],
         )
     if cache.ratios is None:
         raise CacheError(

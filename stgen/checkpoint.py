@@ -36,6 +36,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MAX_JSON = 256 * 2**20  # bytes of a JSON file that is read whole
+Entry = dict[str, Any]  # {size, sha256} of a file
 log = logging.getLogger(__name__)
 
 
@@ -58,12 +59,12 @@ class Loaded:
 
 def save(
     run_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, total_limit: int,
-    beside: Callable[[Path], None] = lambda _: None,
+    beside: Callable[[Path], dict[str, Entry]] = lambda _: {},
 ) -> Path:  # fmt: skip
     """Write `run_dir/checkpoint-{step}` and keep the newest `total_limit` checkpoints; returns its folder.
 
     tensors: by group, each of which becomes `{group}.safetensors`; state: anything JSON can hold.
-    beside: called with the temporary folder, to put more safetensors files there (`stgen.saving`).
+    beside: called with the temporary folder, to put more safetensors files there; gives what `write` does (`stgen.saving`).
     A checkpoint of the same step is replaced. One of a later step, left by a run that has since gone back to an earlier
     step, would be taken for the newest: it is renamed to `abandoned-checkpoint-N`.
     Raises CheckpointError (disk full and the like) naming the path, the bytes needed and the bytes free; the temporary
@@ -73,8 +74,7 @@ def save(
     final = run_dir / f"checkpoint-{step}"
     with _draft(final, tensors) as temporary:
         _recover(run_dir)
-        beside(temporary)
-        _write(temporary, step, tensors, state)
+        _write(temporary, step, tensors, state, beside(temporary))
         with _later_aside(run_dir, step):
             _publish(temporary, final)
     _prune(run_dir, total_limit)
@@ -83,7 +83,7 @@ def save(
 
 def dump(
     folder: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict,
-    beside: Callable[[Path], None] = lambda _: None,
+    beside: Callable[[Path], dict[str, Entry]] = lambda _: {},
 ) -> Path:  # fmt: skip
     """Write a checkpoint under another name than checkpoint-N: none that `latest` finds and none that is removed.
 
@@ -91,8 +91,7 @@ def dump(
     """
     folder = Path(folder)
     with _draft(folder, tensors) as temporary:
-        beside(temporary)
-        _write(temporary, step, tensors, state)
+        _write(temporary, step, tensors, state, beside(temporary))
         _publish(temporary, folder)
     return folder
 
@@ -105,33 +104,53 @@ def _draft(final: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Iterator
         temporary.mkdir(parents=True)
         yield temporary
     except (OSError, SafetensorError) as error:
-        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write {final}: {error} ({needed} bytes needed, {_free(final.parent)} bytes free); "
-            f"earlier checkpoints are intact"
-        ) from error
+        raise refusal(final, error, tensors) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> None:
-    """All files of a checkpoint, the manifest last, each flushed to disk.
+def refusal(final: Path, error: Exception, tensors: Mapping[str, Mapping[str, Tensor]]) -> CheckpointError:
+    """What the disk said to writing `tensors` to the checkpoint `final`, as a sentence."""
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    return CheckpointError(
+        f"cannot write {final}: {error} ({needed} bytes needed, {_free(final.parent)} bytes free); "
+        f"earlier checkpoints are intact"
+    )
+
+
+def write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Entry]:
+    """A file of each group, flushed to disk; what the manifest says of each. Raises OSError or SafetensorError."""
+    for group, named in tensors.items():
+        save_file(_plain(named), folder / f"{group}.safetensors")
+    return {f"{group}.safetensors": _entry(folder / f"{group}.safetensors") for group in tensors}
+
+
+def _write(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, others: dict[str, Entry]
+) -> None:
+    """All files of a checkpoint beside `others`, which are there, the manifest last, each flushed to disk.
 
     Safetensors keeps its files to their owner; here they are for whom those are that Python writes.
     """
-    for group, named in tensors.items():
-        save_file(_plain(named), folder / f"{group}.safetensors")
+    files = {**others, **write(folder, tensors)}
     (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(_render({"format": FORMAT, "step": step, "files": files}), encoding="utf-8")
+    files[STATE] = _entry(folder / STATE)
+    manifest = {"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}
+    (folder / MANIFEST).write_text(_render(manifest), encoding="utf-8")
     rights = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
     for path in folder.iterdir():
         with suppress(OSError):  # some shared disks know no rights
             path.chmod(rights)
-        _fsync(path)
+    _fsync(folder / MANIFEST)
     _fsync(folder)
+
+
+def _entry(path: Path) -> Entry:
+    """Size and hash of a file, which is flushed to disk."""
+    _fsync(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _plain(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,15 +261,16 @@ def _free(run_dir: Path) -> int | str:
 # --------------------------------------------------------------------------------------------------------- loading
 
 
-def load(path: str | Path) -> Loaded:
-    """Read a checkpoint folder after verifying every file against the manifest.
+def load(path: str | Path, hashes: bool = True) -> Loaded:
+    """Read a checkpoint folder after verifying every file against the manifest; without `hashes`, which another process
+    has verified, by its size alone.
 
     Raises CheckpointError naming the file that is missing, cut or changed.
     """
     folder = Path(path)
     manifest = _manifest(folder)
     _check_sizes(folder, manifest)
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest["files"].items() if hashes else ():
         if _read(folder / name, _sha256) != entry["sha256"]:
             raise CheckpointError(f"{folder / name}: content differs from what was saved (SHA-256)")
     groups = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]

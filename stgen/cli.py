@@ -126,7 +126,7 @@ def sample(argv: Sequence[str] | None = None) -> None:
         "frame; it stays still for as many frames as the codec joins")  # fmt: skip
     add("--guidance_scale", type=float, help="classifier-free guidance; 1 or less switches it off (default: the run's)")
     add("--num_inference_steps", type=int, help="steps of the scheduler (default: the run's)")
-    add("--scheduler", choices=("euler", "heun", "unipc", "dpm++", "ddim"), help="sampler (default: the run's)")
+    add("--scheduler", choices=dict.fromkeys(sum(schema.SAMPLERS.values(), ())), help="sampler (default: the run's)")
     add(
         "--seed", type=int, nargs="+", default=[0], help="seed of the first clip, or one seed for each clip of a prompt"
     )

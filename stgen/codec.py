@@ -131,9 +131,11 @@ class Pixels(ModelMixin, ConfigMixin):
         _check_divisible("a pixel of", num_frames=(frames, 1), height=(height, 1), width=(width, 1))
         return (3, frames, height, width)
 
+    @apply_forward_hook
     def encode(self, frames: Tensor) -> Tensor:
         return (frames - self.mean) / self.scale
 
+    @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         return latents * self.scale + self.mean
 
@@ -216,7 +218,7 @@ class Autoencoder:
     def _try(self, frames: int, side: int = 64) -> tuple[int, int, int] | str:
         """Channels, latent frames and pixels per latent row of a black clip, or why it does not pass."""
         try:
-            latents = self.encode(torch.zeros(1, 3, frames, side, side, device=self.vae.device))
+            latents = self.encode(torch.zeros(1, 3, frames, side, side, device=_execution_device(self.vae)))
             back = self.decode(latents).shape[2]
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             return _first_line(error)
@@ -230,6 +232,13 @@ class Autoencoder:
         if not isinstance(found, str):
             self._shapes[frames] = found
         return not isinstance(found, str)
+
+
+def _execution_device(module: Any) -> torch.device:
+    """Where a module computes: by its hooks where it is offloaded, since its weights then lie elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(device) for device in devices if device is not None), module.device)
 
 
 def as_codec(component: Any) -> Codec:

@@ -8,17 +8,18 @@ import copy
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -28,7 +29,7 @@ from stgen import samplers, video
 from stgen.listing import DataError, Entry, Found, Moment, Reject, find, json_object
 from stgen.listing import captions as captions
 from stgen.members import Member
-from stgen.samplers import Key, Sampler, generator
+from stgen.samplers import Key, Sampler, data_generator
 from stgen.samplers import StepSampler as StepSampler
 from stgen.samplers import split as split
 from stgen.sizes import Size, best
@@ -169,8 +170,8 @@ class VideoFolder(Dataset):
         rejects = []
         for attempt, candidate in enumerate(self.candidates(index, epoch)):
             try:
-                with self._noted(candidate):
-                    frames = self._frames(candidate, generator(self.seed, index, epoch, attempt))
+                with self.noted(candidate):
+                    frames = self._frames(candidate, data_generator(self.seed, index, epoch, attempt))
             except video.VideoError as error:
                 rejects.append(Reject(self.name(candidate), error.reason))
                 continue
@@ -179,8 +180,12 @@ class VideoFolder(Dataset):
         tried = "; ".join(f"{path}: {reason}" for path, reason in rejects)
         raise RuntimeError(f"none of {len(rejects)} videos can be read any more: {tried}")
 
+    def frames(self, index: int, epoch: int) -> torch.Tensor:
+        """The clip itself, uint8 [3, T, H, W], as `dataset[index, epoch]` has it. Raises VideoError: no other stands for it."""
+        return self._frames(index, data_generator(self.seed, index, epoch, 0))
+
     @contextmanager
-    def _noted(self, index: int) -> Iterator[None]:
+    def noted(self, index: int) -> Iterator[None]:
         """Within it the trainer can see what this worker reads, should it die or never come back."""
         worker = get_worker_info()
         if worker is None or not self.reading:
@@ -197,14 +202,14 @@ class VideoFolder(Dataset):
         yield index
         size = self.samples[index].size
         others = [other for other in self.pool if other != index and self.samples[other].size == size]
-        order = torch.randperm(len(others), generator=generator(self.seed, index, epoch, "replacement"))
+        order = torch.randperm(len(others), generator=data_generator(self.seed, index, epoch, "replacement"))
         yield from (others[i] for i in order[:REPLACEMENTS].tolist())
 
     def _frames(self, index: int, generator: torch.Generator) -> torch.Tensor:
         """One clip of a video: uint8 [3, T, H, W]."""
         sample = self.samples[index]
         size = self.sizes[sample.size]
-        free = sample.last - sample.first - self._span(sample.info, size)
+        free = sample.last - sample.first - self.span(sample.info, size)
         start = sample.first + (_draw(free, generator) if self.clip == "random" else 0)
         clip = video.read(sample.path, start, size.num_frames, self._step(sample.info))
         frames = fit(clip.frames, size.height, size.width, generator if self.crop == "random" else None)
@@ -213,7 +218,7 @@ class VideoFolder(Dataset):
     def _step(self, info: video.Info) -> float:
         return info.fps / self.fps if self.fps else 1.0
 
-    def _span(self, info: video.Info, size: Size) -> int:
+    def span(self, info: video.Info, size: Size) -> int:
         """Source frames that a clip reaches over."""
         return video.offsets(size.num_frames, self._step(info))[-1] + 1
 
@@ -237,7 +242,7 @@ class VideoFolder(Dataset):
         row = entry.row
         first = _frame_of(row.start, info, 0)
         last = min(info.frames, _frame_of(row.end, info, info.frames))
-        spans = [self._span(info, size) for size in self.sizes]
+        spans = [self.span(info, size) for size in self.sizes]
         size = best(info, self.sizes, [span <= last - first for span in spans])
         if size is not None:
             return Sample(entry.path, row.caption, info, entry.name, size, first, last, row.weight, row.held_out)
@@ -299,30 +304,43 @@ def _draw(largest: int, generator: torch.Generator) -> int:
 # -------------------------------------------------------------------------------------------------------- the loader
 
 
-class _NamedLoader(DataLoader):
+class NamedLoader(DataLoader):
     """A DataLoader whose errors say which step and which videos were being read.
 
-    limit: seconds that a batch may take. Workers are children of the fork server, so that no signal tells of their end:
-    it is noticed when `timeout`, which is shorter, has passed.
+    folder: whose videos are read; keys(step): which of them for a step, counted from `first`; limit: seconds that a batch
+    may take. Workers are children of the fork server, so that no signal tells of their end: it is noticed when
+    `timeout`, which is shorter, has passed.
     """
 
-    limit = 0.0
+    def __init__(
+        self,
+        items: Dataset,
+        folder: VideoFolder,
+        keys: Callable[[int], Sequence[Key]],
+        first: int = 0,
+        *,
+        limit: float,
+        **options: Any,
+    ):
+        self.folder, self.keys, self.first, self.limit = folder, keys, first, limit
+        super().__init__(items, **options)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        sampler, dataset = cast(Sampler, self.batch_sampler), cast(VideoFolder, self.dataset)
-        for step in count(sampler.start_step):
+        for step in count(self.first):
             try:
                 batch = self._next(batches)
+            except StopIteration:
+                return
             except RuntimeError as error:
-                names = ", ".join(dataset.name(index) for index, _ in sampler.samples(step))
-                reading = ", ".join(dataset.name(index) for index in dataset.reading if index >= 0)
+                names = ", ".join(self.folder.name(index) for index, _ in self.keys(step))
+                reading = ", ".join(self.folder.name(index) for index in self.folder.reading if index >= 0)
                 reason = str(error).strip().splitlines()[-1]  # of a worker, after its traceback
                 reason += f"; being read then: {reading}" if reading else ""
                 raise DataError(f"no batch for step {step}: {reason}; videos of that batch: {names}") from None
             yield batch
 
-    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    def _next(self, batches: Iterator[Any]) -> Any:
         """The next batch, asked for again as long as there is time and nothing but time is the matter."""
         began = time.monotonic()
         while True:
@@ -341,26 +359,47 @@ def loader(dataset: VideoFolder, sampler: Sampler, num_workers: int, timeout: fl
     Endless. Unreadable videos are replaced from the sampler's indices only. Raises RuntimeError naming the videos if
     a worker dies or needs more than `timeout` seconds for a batch; without workers there is no time limit.
     """
+    dataset, options = watched(dataset.within(sampler.indices), num_workers, timeout)
+    options |= {"batch_sampler": sampler, "collate_fn": collate}
+    return NamedLoader(dataset, dataset, sampler.samples, sampler.start_step, **options)
+
+
+def watched(folder: VideoFolder, num_workers: int, timeout: float) -> tuple[VideoFolder, dict[str, Any]]:
+    """The folder, which now tells what its workers read, and the options of a NamedLoader for it."""
     # A generator of its own: left to itself a DataLoader draws its base seed from the run's, once more after a resume.
-    options: dict[str, Any] = {"generator": torch.Generator()}
+    options: dict[str, Any] = {"generator": torch.Generator(), "num_workers": num_workers, "limit": timeout}
+    folder = copy.copy(folder)
+    folder.reading = ()
     if num_workers:
         # The trainer has threads (OpenMP, CUDA, loggers) whose locks a forked child would inherit, held for ever.
         # A fork server has none, and imports the heavy modules once, while the trainer builds its model.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torchvision.transforms.v2", "av", __name__])
-        multiprocessing.forkserver.ensure_running()
+        _start_server()
         options |= {"multiprocessing_context": context, "timeout": min(timeout, POLL), "worker_init_fn": _start_worker}
-        reading = context.RawArray("q", [-1] * num_workers)
-    dataset = dataset.within(sampler.indices)
-    dataset.reading = reading if num_workers else ()
-    batches = _NamedLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, **options)
-    batches.limit = timeout
-    return batches
+        folder.reading = context.RawArray("q", [-1] * num_workers)
+    return folder, options
+
+
+def _start_server() -> None:
+    """Start the fork server, without SIGTERM, as are the workers when they begin: torchrun and others send it to all
+    processes of a group, and the trainer still needs a batch to end its step."""
+    multiprocessing.resource_tracker.ensure_running()  # starting it ends with SIGTERM let in
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; what to do about it is the trainer's decision alone."""
+    """Signals reach every process of a terminal or group; what to do about them is the trainer's decision alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # (DataLoader has already set the worker's threads to one)
+    # In a group of its own a worker may be ended, as a DataLoader ends one that hangs. What has come by now is dropped.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_trainer, daemon=True).start()
 
 

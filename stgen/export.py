@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 from stgen import build, config, flops, lora, saved, schema
-from stgen.fetched import HUB_ID
+from stgen.fetched import HUB_ID, is_hub_id
 from stgen.logger import redact
 from stgen.norms import FoldError
 from stgen.pipeline import VideoPipeline
@@ -63,6 +63,10 @@ def push(folder: Path, name: str, private: bool = True) -> str:
     api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise ExportError(
+                f"--push_to_hub: {name} is there and public; add --public, or name another; {folder} is whole"
+            )
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="stgen export")
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -135,7 +139,7 @@ def card(args: Namespace, pipeline: VideoPipeline, clips: list[str]) -> str:
         "---\nlibrary_name: diffusers\npipeline_tag: text-to-video\ntags:\n- stgen\n- diffusers\n- text-to-video\n---",
         f"# {_plain(name)}",
         _what(pipeline),
-        "## Use\n\n" + _use(args, name, pipeline.config.sampling.get("fps", 8.0)),
+        "## Use\n\n" + _use(args, name, pipeline),
         "## Samples\n\n" + _shown(clips) if clips else "",
         "## Data\n\n" + _data(_config_of(args.run)),
         "## Metrics\n\n" + _table(_summary_of(args.run)) if _summary_of(args.run) else "",
@@ -159,10 +163,12 @@ def _what(pipeline: VideoPipeline) -> str:
     )
 
 
-def _use(args: Namespace, name: str, fps: float) -> str:
+def _use(args: Namespace, name: str, pipeline: VideoPipeline) -> str:
     source = json.dumps(name if args.push_to_hub else str(args.output.name))
     options = f', variant="{args.variant}"' if args.variant else ""
-    options += f", torch_dtype={DTYPES[args.dtype]}" if args.dtype != "fp32" else ""
+    low, codec = DTYPES[args.dtype], pipeline.codec.dtype  # one type for all would cast the codec too
+    types = f'{{"transformer": {low}, "text_encoder": {low}, "default": {codec}}}'
+    options += f", torch_dtype={types}" if args.dtype != "fp32" else ""
     lines = ["import torch", "from diffusers.utils import export_to_video"]
     if args.self_describing:
         call = f"DiffusionPipeline.from_pretrained({source}{options}, trust_remote_code=True)  # runs pipeline.py, one line"
@@ -171,7 +177,7 @@ def _use(args: Namespace, name: str, fps: float) -> str:
         lines += ["from stgen import VideoPipeline", "", f"pipe = VideoPipeline.from_pretrained({source}{options})"]
     lines += [
         'video = pipe("a prompt", generator=torch.Generator().manual_seed(0)).frames[0]',
-        f'export_to_video(video, "clip.mp4", fps={fps:g})',
+        f'export_to_video(video, "clip.mp4", fps={pipeline.config.sampling.get("fps", 8.0):g})',
     ]
     return "Install stgen, then\n\n```python\n" + "\n".join(lines) + "\n```"
 
@@ -246,7 +252,13 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    return Path(value).name if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(value: str) -> bool:
+    """Whether words are a path on this machine; a single name, a hub id and a sentence with a slash are none."""
+    outward = os.path.isabs(value) or value.startswith("~") or not {".", ".."}.isdisjoint(value.split("/"))
+    return outward or ("/" in value and not re.search(r"\s", value) and not is_hub_id(value))
 
 
 def _fenced(kind: str, text: str) -> str:

@@ -15,6 +15,25 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja"]  # c
 OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name means a repository on the hub: OWNER/NAME, where neither that path nor a folder OWNER is here.
+
+    A folder's name is never looked up there, so that a typo fetches nothing; `runs/...` is always a folder.
+    """
+    owner = Path(name).parent
+    here = Path(name).exists() or owner.is_dir() or owner == Path("runs")
+    return bool(HUB_ID.fullmatch(str(name))) and not here
+
+
+def missing(name: str | Path) -> str | None:
+    """What is not here, if a name looks like a hub id and means a path that does not exist; the beginning of an error."""
+    path = Path(name)
+    if path.exists() or is_hub_id(name) or not HUB_ID.fullmatch(str(name)):
+        return None
+    there = path.parent.is_dir()
+    return f"{path.parent}/ is a folder here and holds no {path.name}" if there else f"{path} is not here"
+
+
 @contextmanager
 def opened(name: str | Path, options: dict[str, Any]) -> Iterator[Path]:
     """A folder that can be loaded from within the block: as `checked_folder` gives it, or a view of it without its code."""
@@ -36,7 +55,9 @@ def checked_folder(name: str | Path, options: dict[str, Any]) -> Path:
 
     options: as `huggingface_hub.snapshot_download` takes them; others are left alone. Raises SavedError.
     """
-    if Path(name).exists() or not HUB_ID.fullmatch(str(name)):
+    if reason := missing(name):
+        raise SavedError(f"{reason}; name a saved pipeline, such as RUN/final, or a hub id (OWNER/NAME)")
+    if not is_hub_id(name):
         return check(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

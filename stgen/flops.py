@@ -7,6 +7,8 @@ from stgen.model import VideoTransformer
 from stgen.ops.cost import Work
 from stgen.tokens import Grid
 
+STATE_BYTES = 20  # of a trained number in float32: weight, gradient, two moments, average
+
 
 def trainable(modules: dict[str, nn.Module]) -> int:
     """Number of trained parameters."""

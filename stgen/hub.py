@@ -4,8 +4,10 @@ So a run reads only the rows that it asks for, and its order, splits, buckets an
 An interrupted fetch goes on where it stopped. Columns start, end and weight are taken over (`stgen.listing`).
 """
 
+import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,18 +29,43 @@ def fetch(name: str, asked: Any, folder: Path) -> Path:
     """The first `asked.clips` rows of a dataset as files with metadata.jsonl in `folder`, which is returned.
 
     name: folder or hub id; asked: a `data_spec.HuggingFace`. Raises DataError where the datasets library is missing, for a
-    dataset or column that cannot be read, and where `folder` holds something else.
+    dataset or column that cannot be read, and where `folder` holds something else, or more rows than asked for.
     """
     told = {
         "dataset": name,
         **asked.model_dump(include={"config", "split", "revision", "video_column", "caption_column"}),
     }
-    state = _state(folder, told)
+    if not _is_whole(folder, told, asked.clips):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if not _is_whole(folder, told, asked.clips):  # another run may have been at it
+                _fetch_rest(name, asked, folder, told)
+    return folder
+
+
+def _is_whole(folder: Path, told: dict[str, Any], clips: int) -> bool:
+    """Whether an earlier fetch left all rows that are asked for. Raises DataError if it left other ones, or more."""
+    state, kept = _state(folder, told), len(_whole_lines(folder / "metadata.jsonl"))
+    if kept > clips:
+        raise DataError(
+            f"data.huggingface.clips: {clips}, but {folder} holds {kept} rows; write {kept}, or name another "
+            "data.huggingface.folder"
+        )
+    return state.get("complete", 0) >= clips or kept == clips
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other run fetches into the folder."""
+    with open(folder / ".lock", "a") as lock:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_rest(name: str, asked: Any, folder: Path, told: dict[str, Any]) -> None:
     metadata = folder / "metadata.jsonl"
     whole = _whole_lines(metadata)
-    if state.get("complete") or len(whole) >= asked.clips:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").write_text(json.dumps(told) + "\n")
     metadata.write_text("".join(line + "\n" for line in whole), "utf-8")
     rows = _rows(name, asked, len(whole))
@@ -53,13 +80,12 @@ def fetch(name: str, asked: Any, folder: Path) -> Path:
     if not metadata.stat().st_size:
         raise DataError(f"data.train_data_dir: split {asked.split} of {name} has no rows; name another split")
     (folder / "rows.json").write_text(json.dumps({**told, "complete": asked.clips}) + "\n")
-    return folder
 
 
 def _state(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
     """What an earlier fetch into the folder left. Raises DataError if it was of something else."""
     file = folder / "rows.json"
-    if not folder.exists() or {entry.name for entry in folder.iterdir()} <= {file.name, "metadata.jsonl"}:
+    if not folder.exists() or {entry.name for entry in folder.iterdir()} <= {file.name, "metadata.jsonl", ".lock"}:
         return {}  # no row was kept
     state = json_object(file.read_text("utf-8")) if file.is_file() else {}
     if {key: state.get(key) for key in told} != told:

@@ -7,10 +7,12 @@ text.max_length and one train.mixed_precision. What a config lacks is encoded by
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from stgen import checkpoint, dataset, schema, shapes, tensor_store, text, video
+from stgen import checkpoint, dataset, schema, shapes, tars, tensor_store, text, video
 from stgen.members import Member
 from stgen.tensor_store import CacheError, Reader
 
@@ -36,8 +38,10 @@ def folder_of(cfg: schema.Config) -> Path:
     videos = data.huggingface.folder if data.source == "huggingface" else data.train_data_dir
     if videos is None:
         return cfg.output_dir.with_name(f"{cfg.output_dir.name}-cache")
-    folder = Path(videos).resolve()
-    folder = folder if "*" not in folder.name else folder.parent  # a pattern of tars
+    folder = Path(videos)
+    if data.source == "webdataset" and not folder.exists():  # a pattern
+        folder = tars.root_of(str(videos))
+    folder = folder.resolve()
     return folder.with_name(f"{folder.name}-cache")
 
 
@@ -56,10 +60,15 @@ def stamp(path: Path | Member) -> tuple[int, int]:
 
 
 def digest(path: Path | Member) -> str:
-    """SHA-256 of a video's bytes; of a folder of frames, of their names and bytes."""
+    """SHA-256 of a video's bytes; of a folder of frames, of their names and bytes. A file of many clips is read once."""
+    return _digest(path, *stamp(path))
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path | Member, size: int, changed: int) -> str:
     total = hashlib.sha256()
     for file in _files(path):
-        total.update(file.name.encode() if path.is_dir() else b"")
+        total.update(os.fsencode(file.name) if path.is_dir() else b"")
         with file.open() if isinstance(file, Member) else open(file, "rb") as stream:
             while block := stream.read(2**20):
                 total.update(block)
@@ -128,10 +137,22 @@ class Place:
 
 
 def entry_of(folder: dataset.VideoFolder, key: Key) -> dict[str, Any]:
-    """What is written beside a clip's tensor."""
+    """What is written beside a clip's tensor; `rejected` says why where the file cannot even be told by its bytes."""
     path = folder.samples[key[0]].path
-    size, changed = stamp(path)
-    return {**_clip(folder, key), "size": size, "changed": changed, "sha256": digest(path)}
+    size, changed = _stamp_or_gone(path)
+    entry = {**_clip(folder, key), "size": size, "changed": changed}
+    try:
+        return {**entry, "sha256": digest(path)}
+    except OSError as error:
+        return {**entry, "rejected": f"cannot be read: {error.strerror or error}"}
+
+
+def _stamp_or_gone(path: Path | Member) -> tuple[int, int]:
+    """As `stamp`; (-1, 0) for a file that is not there any more."""
+    try:
+        return stamp(path)
+    except OSError:
+        return -1, 0
 
 
 def _clip(folder: dataset.VideoFolder, key: Key) -> dict[str, Any]:
@@ -180,6 +201,11 @@ class Latents:
     def missing(self) -> list[Key]:
         """Those of them that are not there, or stale."""
         return [key for key in self.wanted if key not in self._places]
+
+    @property
+    def rejected(self) -> list[Key]:
+        """Those that could not be read when they should have been encoded; a later try may find them whole."""
+        return [key for key, place in self._places.items() if place.entry.get("rejected") is not None]
 
     @property
     def rejects(self) -> list[tuple[str, str]]:
@@ -248,14 +274,15 @@ class _File:
 
     def __init__(self, path: Path | Member):
         self.path = path
-        self.size, self.changed = stamp(path)
-        self._digest: str | None = None
+        self.size, self.changed = _stamp_or_gone(path)
 
     def is_that_of(self, entry: Mapping[str, Any]) -> bool:
         if entry.get("size") != self.size or entry.get("changed") == self.changed:
             return entry.get("size") == self.size
-        self._digest = self._digest or digest(self.path)
-        return entry.get("sha256") == self._digest
+        try:
+            return entry.get("sha256") == _digest(self.path, self.size, self.changed)
+        except OSError:
+            return False
 
 
 def _identity(entry: Mapping[str, Any]) -> str:
@@ -317,8 +344,11 @@ def codec_file(cfg: schema.Config) -> Path:
 
 
 def save_codec(cfg: schema.Config, component: Any) -> None:
-    """Keep a fitted codec, so that training encodes and decodes with the very one that the cache was made with."""
-    tensor_store.save(codec_file(cfg), component.state_dict())
+    """Keep a fitted codec, so that training encodes and decodes with the very one that the cache was made with.
+
+    Of several machines that fit at once the first decides: load it then.
+    """
+    tensor_store.publish(codec_file(cfg), component.state_dict())
 
 
 def load_codec(cfg: schema.Config, component: Any) -> None:

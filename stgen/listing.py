@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 SPLITS = {"train": False, "held_out": True}
 MAX_CAPTION = 2**20  # bytes of a sidecar
 MAX_METADATA = 2**31  # bytes of a metadata file
+OTHER_FORMAT = f"is of a format that is not read; convert it to one of {' '.join(video.SUFFIXES)}"
 LEADS_OUT = "is a link that leads out of the folder; its words are not read: put the file itself there"
 
 
@@ -81,7 +83,7 @@ class Found:
     videos: list[str] = field(default_factory=list)  # relative to the root, with forward slashes
     images: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
-    rows: dict[str, list[Row]] = field(default_factory=dict)  # of a file: at least one, several where they are spans
+    rows: dict[str, dict[str, Row]] = field(default_factory=dict)  # of a file: by its span, at least one
     members: dict[str, Member] = field(default_factory=dict)  # files that lie in a tar
     rejects: list[Reject] = field(default_factory=list)
 
@@ -90,7 +92,7 @@ class Found:
         return [
             Entry(name + row.span, self.members.get(name) or root / name, row)
             for name in names
-            for row in self.rows.get(name, [Row()])
+            for row in self.rows.get(name, {"": Row()}).values()
         ]
 
 
@@ -109,10 +111,11 @@ def find(root: Path) -> Found:
         raise DataError(f"data.train_data_dir: there is no folder {root}; give one that holds videos")
     found = Found()
     _walk(root, "", found, set())
+    known = {*found.videos, *found.images}
+    for name in sorted(found.metadata):
+        _read_metadata(root, name, found, known)
     found.videos.sort()
     found.images.sort()
-    for name in sorted(found.metadata):
-        _read_metadata(root, name, found)
     for name in found.videos + found.images:
         if name not in found.rows:
             _read_sidecar(root, name, found)
@@ -141,9 +144,9 @@ def _walk(root: Path, folder: str, found: Found, seen: set[tuple[int, int]]) -> 
             if _holds_frames(root / name):
                 found.videos.append(name)
             else:
-                known = len(found.videos + found.images + found.rejects)
+                known = _count(found)
                 _walk(root, name, found, seen)
-                if name.lower().endswith(video.SUFFIXES) and known == len(found.videos + found.images + found.rejects):
+                if name.lower().endswith(video.SUFFIXES) and known == _count(found):
                     found.rejects.append(
                         Reject(name, "is a folder, but holds no video and is not one of numbered images")
                     )
@@ -153,6 +156,12 @@ def _walk(root: Path, folder: str, found: Found, seen: set[tuple[int, int]]) -> 
             found.videos.append(name)
         elif entry.name.lower().endswith(video.IMAGE_SUFFIXES):
             found.images.append(name)
+        elif entry.name.lower().endswith(video.OTHER_SUFFIXES):
+            found.rejects.append(Reject(name, OTHER_FORMAT))
+
+
+def _count(found: Found) -> int:
+    return len(found.videos) + len(found.images) + len(found.rejects)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -182,7 +191,7 @@ def _read_sidecar(root: Path, name: str, found: Found) -> None:
         found.rejects.append(Reject(place, f"holds more than {MAX_CAPTION} bytes, too many for a caption"))
         return
     try:
-        found.rows[name] = [Row(clean(sidecar.read_text("utf-8-sig")))]
+        found.rows[name] = {"": Row(clean(sidecar.read_text("utf-8-sig")))}
     except (OSError, UnicodeDecodeError) as error:
         found.rejects.append(Reject(place, f"cannot be read as UTF-8 text: {error}"))
 
@@ -192,6 +201,8 @@ def _leads_out(root: Path, file: Path, of: Path) -> bool:
 
     Captions are learned, logged and passed on: in a folder from elsewhere a link must not make one of a private file.
     """
+    if not file.is_symlink():
+        return False
     real = file.resolve()
     beside = {file.parent.resolve(), of.resolve().parent if of != file else file.parent.resolve()}
     return not real.is_relative_to(root.resolve()) and real.parent not in beside
@@ -200,9 +211,9 @@ def _leads_out(root: Path, file: Path, of: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------ metadata files
 
 
-def _read_metadata(root: Path, name: str, found: Found) -> None:
-    """Add the rows of one metadata file; one that cannot be used is rejected with its line."""
-    known, folder = {*found.videos, *found.images}, os.path.dirname(name)
+def _read_metadata(root: Path, name: str, found: Found, known: set[str]) -> None:
+    """Add the rows of one metadata file; one that cannot be used is rejected with its line. `known`: all videos and images."""
+    folder = os.path.dirname(name)
     if _leads_out(root, root / name, root / name):
         found.rejects.append(Reject(name, LEADS_OUT))
         return
@@ -210,10 +221,12 @@ def _read_metadata(root: Path, name: str, found: Found) -> None:
         raise DataError(f"{root / name} holds more than {MAX_METADATA} bytes; cut it into one file a folder")
     try:
         for line, row in _rows(root / name, name):
-            reason = _use_row(row, f"{name}:{line}", folder, known, found.rows)
+            reason = _use_row(row, f"{name}:{line}", root, folder, found, known)
             if reason:
                 found.rejects.append(Reject(f"{name}:{line}", reason))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise DataError(f"{root / name} cannot be read ({error}); mend it, or write metadata.jsonl instead") from None
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{root / name} cannot be read ({error}); save it again as UTF-8") from None
 
 
@@ -248,8 +261,8 @@ def _column(names: Iterable[str], choices: tuple[str, ...], where: str) -> str |
     return present[0] if present else None
 
 
-def _use_row(row: dict, where: str, folder: str, known: set[str], rows: dict[str, list[Row]]) -> str | None:
-    """Put what the row says into `rows`; the reason if it cannot be used."""
+def _use_row(row: dict, where: str, root: Path, folder: str, found: Found, known: set[str]) -> str | None:
+    """Put what the row says into `found`; the reason if it cannot be used."""
     file_column, caption_column = _column(row, FILE_COLUMNS, where), _column(row, CAPTION_COLUMNS, where)
     if not file_column or not caption_column:
         return f"is not a row with one of {', '.join(FILE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
@@ -259,15 +272,37 @@ def _use_row(row: dict, where: str, folder: str, known: set[str], rows: dict[str
     if not isinstance(caption, str | None):
         return f"{caption_column} is not text"
     # Only a name that the walk found is ever opened, so a row cannot point anywhere else.
-    target = os.path.normpath(os.path.join(folder, name)).replace(os.sep, "/")
+    target = _target(root, folder, name, found, known)
     if reason := _refusal(name, target, known):
         return reason
     said = said_of(row, clean(caption or ""), where)
-    earlier = rows.setdefault(target, [])
-    if any(not said.span or other.span in ("", said.span) for other in earlier):
+    earlier = found.rows.setdefault(target, {})
+    if earlier and (not said.span or "" in earlier or said.span in earlier):
         return f"{name} has a caption already; keep one row a video, or give each row a start and end of its own"
-    earlier.append(said)
+    earlier[said.span] = said
     return None
+
+
+def _target(root: Path, folder: str, name: str, found: Found, known: set[str]) -> str:
+    """The file that a row means, relative to the root: as written, else with the separators of Windows or with accents
+    as another system writes them. One of a folder of numbered images makes that folder one of images, no video."""
+    spellings = [name, name.replace("\\", "/")]
+    spellings += [unicodedata.normalize(form, spellings[1]) for form in ("NFC", "NFD")]
+    joined = [os.path.join(folder, spelling) for spelling in dict.fromkeys(spellings)]
+    targets = [os.path.normpath(path).replace(os.sep, "/") for path in joined]
+    for target in targets:
+        if os.path.dirname(target) in known and (root / target).is_file():
+            _open_up(root, os.path.dirname(target), found, known)
+    return next((target for target in targets if target in known), targets[0])
+
+
+def _open_up(root: Path, folder: str, found: Found, known: set[str]) -> None:
+    """Take a folder of numbered images for images, no video."""
+    images = [f"{folder}/{file.name}" for file in video.frame_files(root / folder)]
+    found.videos.remove(folder)
+    found.images += images
+    known.remove(folder)
+    known.update(images)
 
 
 def said_of(row: dict, caption: str, where: str) -> Row:

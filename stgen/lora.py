@@ -1,12 +1,9 @@
 """LoRA by peft (Hu et al., arXiv:2106.09685): adapters that are trained, saved and loaded apart from the weights.
 
-A saved adapter is diffusers' file `pytorch_lora_weights.safetensors`. It may come from anywhere: of peft's config in its
-header, which can name modules to import, only numbers are taken; which layers it is for is read off its weights.
+What a saved adapter is, and may be, stands in stgen/lora_file.py.
 """
 
 import copy
-import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,18 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
+from stgen.lora_file import ADAPTER_FILE, APART, LoraError, check_fit, config_of, read
 from stgen.lora_spec import Lora
-from stgen.peer import ADAPTER_FILE, APART
 
-HEADER = "lora_adapter_metadata"  # where diffusers writes peft's config
 PREFIX = "transformer."
-
-
-class LoraError(ValueError):
-    """An adapter that cannot be had or does not fit; one sentence that says what to do."""
 
 
 def require_peft() -> None:
@@ -75,8 +66,10 @@ def merged(pipeline: Any) -> Iterator[None]:
         copied = copy.deepcopy(own)
         merge(copied)
         pipeline.register_modules(transformer=copied)
-    yield
-    pipeline.register_modules(transformer=own)
+    try:
+        yield
+    finally:
+        pipeline.register_modules(transformer=own)
 
 
 def save(pipeline: Any, folder: Path) -> None:
@@ -118,8 +111,8 @@ class LoraLoader(LoraBaseMixin):
         where = "the adapter" if isinstance(pretrained_model_name_or_path_or_dict, dict) else str(
             pretrained_model_name_or_path_or_dict
         )  # fmt: skip
-        config = _config(weights, told, where)
-        _check_fit(weights, self.transformer, where)
+        config = config_of(weights, told, PREFIX, where)
+        check_fit(weights, self.transformer, PREFIX, where)
         self.transformer.load_lora_adapter(
             weights,
             prefix=self.transformer_name,
@@ -145,13 +138,7 @@ class LoraLoader(LoraBaseMixin):
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict):
             return (dict(source), {}) if return_lora_metadata else dict(source)
-        file = _file(str(source), weight_name or ADAPTER_FILE, subfolder, options)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-                told = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise LoraError(f"{file}: not an adapter that can be read: {str(error)[:100]}") from None
+        weights, told = read(source, weight_name, subfolder, options)
         return (weights, told) if return_lora_metadata else weights
 
     @classmethod
@@ -183,69 +170,3 @@ class LoraLoader(LoraBaseMixin):
     def unfuse_lora(self, components: list[str] | None = None, **options: Any) -> None:
         """Take them out again."""
         super().unfuse_lora(components=components or ["transformer"], **options)
-
-
-def _file(source: str, name: str, subfolder: str | None, options: dict[str, Any]) -> Path:
-    """The file of an adapter, on this machine or from the hub. Raises LoraError."""
-    path = Path(source) / (subfolder or "")
-    if path.is_file():
-        return path
-    if path.is_dir() or source.count("/") != 1 or Path(source).exists():
-        if (path / name).is_file():
-            return path / name
-        raise LoraError(f"{source}: holds no {name}; name the file, or the folder of a run with lora.rank")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    taken = {key: value for key, value in options.items() if key in HUB_OPTIONS}
-    try:
-        return Path(hf_hub_download(source, name, subfolder=subfolder, **taken))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise LoraError(f"{source}: neither a file or folder here nor a repository with {name}: {reason}") from None
-
-
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
-
-def _config(weights: dict[str, Tensor], told: Any, where: str) -> dict[str, Any]:
-    """peft's config of an adapter: ranks and layers as its weights have them, the scale as its header says."""
-    told = {key.removeprefix(PREFIX): value for key, value in told.items()} if isinstance(told, dict) else {}
-    ranks = {}
-    for key, tensor in weights.items():
-        module, found, _ = key.removeprefix(PREFIX).partition(".lora_A")
-        if not key.startswith(PREFIX) or ".lora_" not in key:
-            raise LoraError(f"{where}: {key[:80]} is no weight of a LoRA adapter for this model")
-        if found and tensor.ndim == 2:
-            ranks[module] = len(tensor)
-    if not ranks:
-        raise LoraError(f"{where}: holds no weights of a LoRA adapter")
-    rank = max(ranks.values())
-    alpha = told.get("lora_alpha", rank)
-    if told.get("alpha_pattern") or told.get("use_dora") or told.get("use_rslora"):
-        raise LoraError(f"{where}: scales layer by layer, or otherwise than by alpha / rank, are not served")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise LoraError(f"{where}: lora_alpha should be a number, got {str(alpha)[:40]}")
-    pattern = {module: own for module, own in ranks.items() if own != rank}
-    return {"r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks), "rank_pattern": pattern}
-
-
-def _check_fit(weights: dict[str, Tensor], transformer: Any, where: str) -> None:
-    """Raise LoraError for a weight that is for a layer which this model has not, or has in another size."""
-    layers = dict(transformer.named_modules())
-    for key, tensor in weights.items():
-        module, _, side = key.removeprefix(PREFIX).partition(".lora_")
-        parent, _, name = module.rpartition(".")
-        if name in APART and module not in layers and {f"{parent}.to_qkv", f"{parent}.to_kv"} & layers.keys():
-            continue  # packed until the adapter comes
-        layer = layers.get(module)
-        layer = getattr(layer, "base_layer", layer)
-        if not isinstance(layer, nn.Linear):
-            raise LoraError(f"{where}: was trained for another model: this one has no layer {module[:80]}")
-        found, needed = (
-            (tensor.shape[1], layer.in_features) if side.startswith("A") else (tensor.shape[0], layer.out_features)
-        )
-        if found != needed:
-            raise LoraError(
-                f"{where}: was trained for another model: {module[:80]} is for {found} channels, here it has {needed}"
-            )

@@ -297,12 +297,18 @@ class VideoTransformer(Peer, ModelMixin, ConfigMixin):
         most = min(max(1, trained // 2), trained - sinks)
         return self.patch_size[0] * max(unit, most // unit * unit)
 
-    def new_past(self, batch: int, chunk: tuple[int, int, int], dtype: torch.dtype | None = None) -> Past:
+    def new_past(
+        self,
+        batch: int,
+        chunk: tuple[int, int, int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Past:
         """What is remembered of `batch` videos that have not begun, with room for chunks of latents of at most so many frames,
         and of so many rows and columns. Its size does not grow with the videos.
 
-        `dtype` is that of keys and values in rings; None: of the weights. Raises ValueError for a model that cannot be
-        streamed, and for a chunk that does not suit it.
+        `dtype` is that of keys and values in rings, `device` where all is kept; None: as the weights. Raises ValueError for
+        a model that cannot be streamed, and for a chunk that does not suit it.
         """
         if reason := self.refusal():
             raise ValueError(reason)
@@ -311,7 +317,7 @@ class VideoTransformer(Peer, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"a chunk of {grid.t} frames of tokens is longer than a training clip of {trained}; take a shorter one"
             )
-        like, memories = torch.empty(0, dtype=dtype or self.dtype, device=self.device), {}
+        like, memories = torch.empty(0, dtype=dtype or self.dtype, device=device or self.device), {}
         for block in self.blocks:
             assert isinstance(block, Block)
             for branch in block.branches:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from stgen import flops, ranks, schema, shards
@@ -19,7 +19,6 @@ from stgen.build import Parts
 from stgen.distributed_spec import unequal
 from stgen.ranks import RankError
 
-STATE_BYTES = 20  # of a trained number in float32: weight, gradient, two moments, average
 ROOM = 1 / 3  # of a GPU that whole weights and their state may fill before `auto` cuts them
 
 
@@ -48,9 +47,8 @@ def spread_of(cfg: schema.Config, parts: Parts, device: torch.device) -> Spread:
     size, keys, kind = ranks.size(), cfg.distributed, cfg.distributed.kind
     if size == 1:
         return Spread("one", 1, 1)
-    check_batch(cfg)
     if kind == "auto":
-        state = STATE_BYTES * flops.trainable(parts.trained)
+        state = flops.STATE_BYTES * flops.trainable(parts.trained)
         room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
         (kind, *_) = ranks.gather("fsdp" if state > ROOM * room else "ddp")
     if kind == "ddp":
@@ -72,17 +70,30 @@ def check_batch(cfg: schema.Config) -> None:
         raise RankError(fault)
 
 
-def place(spread: Spread, parts: Parts, device: torch.device) -> None:
-    """Put the parts on the device; FSDP2 cuts what is trained, layer by layer, so that no device ever holds all of it."""
+def place(spread: Spread, parts: Parts, device: torch.device, precision: str = "no") -> None:
+    """Put the parts on the device; FSDP2 cuts what is trained, layer by layer, so that no device ever holds all of it.
+
+    precision: train.mixed_precision. With bf16 the weights of layers travel as such between ranks, gradients in float32.
+    """
     if spread.kind == "fsdp":
         mesh = _mesh(spread, device)
         layers = [m for m in parts.transformer.modules() if type(m).__name__ in parts.transformer._repeated_blocks]
         # Layers return views, which FSDP2 warns of: they must not be changed in place. None are.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        for module in (*layers, *parts.trained.values()):
+        half = policy(precision)
+        for module in layers:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=half)
+        for module in parts.trained.values():
             # Also the outermost: what it gathers is dropped after each use, or writing averages would not reach it.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     parts.to(device)
+
+
+def policy(precision: str) -> MixedPrecisionPolicy:
+    """How FSDP2 sends the weights of layers: bfloat16 halves what ranks exchange. Activations are autocast's to cast."""
+    if precision != "bf16":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _mesh(spread: Spread, device: torch.device) -> DeviceMesh:

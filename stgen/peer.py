@@ -9,14 +9,11 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
-from safetensors import safe_open
 from torch import Tensor
 
 from stgen.attention.packed import Packed
 from stgen.blocks import Block
-
-APART = {"to_q", "to_k", "to_v"}  # layers that stand only where projections are opened
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+from stgen.lora_file import APART, check_fit, config_of, read
 
 
 class Peer(AttentionMixin, CacheMixin, PeftAdapterMixin):
@@ -53,12 +50,21 @@ class Peer(AttentionMixin, CacheMixin, PeftAdapterMixin):
         hotswap: bool = False,
         **options: Any,
     ) -> None:
-        """Load an adapter that `save_lora_adapter` wrote, or its state dict; safetensors alone are read."""
-        source = pretrained_model_name_or_path_or_dict
-        parts = (set(key.split(".")) for key in _keys(source, options.get("weight_name")))
-        self._open_for(set().union(*parts))
+        """Load an adapter that `save_lora_adapter` wrote, from a file, a folder or a hub id, or its state dict.
+
+        Raises LoraError for a file that holds none, and for one that does not fit this model (stgen/lora_file.py).
+        """
+        weights = pretrained_model_name_or_path_or_dict
+        if not isinstance(weights, dict):
+            where, start = str(weights), f"{prefix}." if prefix else ""
+            name, subfolder = (options.pop(key, None) for key in ("weight_name", "subfolder"))
+            weights, told = read(where, name, subfolder, options)
+            config = config_of(weights, told, start, where)
+            check_fit(weights, self, start, where)
+            options["metadata"] = {start + key: value for key, value in config.items()}
+        self._open_for({part for key in weights for part in key.split(".")})
         named: Any = prefix  # None, for names that begin with nothing, is meant though not typed
-        super().load_lora_adapter(source, named, hotswap, **{**options, "use_safetensors": True})
+        super().load_lora_adapter(weights, named, hotswap, **options)
 
     def save_lora_adapter(self, save_directory: Any, adapter_name: str = "default", **options: Any) -> None:
         """Save an adapter as safetensors, whatever form is asked for."""
@@ -93,15 +99,3 @@ class Peer(AttentionMixin, CacheMixin, PeftAdapterMixin):
 def _latents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The latents [C, T, H, W] of each clip that a forward pass is given."""
     return list(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-
-def _keys(source: Any, weight_name: str | None) -> list[str]:
-    """The names of an adapter's weights; none for one that is not here."""
-    if isinstance(source, dict):
-        return list(source)
-    file = Path(source)
-    file = file / (weight_name or ADAPTER_FILE) if file.is_dir() else file
-    if not file.is_file():
-        return []
-    with safe_open(file, framework="pt") as weights:
-        return list(weights.keys())

@@ -23,7 +23,6 @@ from stgen.lora import LoraLoader
 from stgen.objective import Objective
 from stgen.tokens import Grid, grid_of
 
-SCHEDULERS = ("euler", "heun", "unipc", "dpm++", "ddim")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -256,26 +255,36 @@ class VideoPipeline(DiffusionPipeline, LoraLoader):
         given = None if image is None else self._beginning(image, shape, num_frames, height, width, device)
         z: Any = _held(self._noise(latents, (len(prompt_embeds), *shape), generator, device), given)
         set_steps(self.scheduler, steps, self.objective.path, device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        with self._bar(self._num_timesteps) as bar:
-            for i, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                z = self._step(z, i, timestep, (prompt_embeds, mask), (negative_prompt_embeds, negative_mask), given)
-                if callback_on_step_end is not None:
-                    tensors = {"latents": z, "prompt_embeds": prompt_embeds}
-                    tensors["negative_prompt_embeds"] = negative_prompt_embeds
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed: Any = callback_on_step_end(self, i, timestep, asked) or {}
-                    z = _held(changed.get("latents", z), given)
-                    prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
-                bar.update()
-
+        positive, negative = (prompt_embeds, mask), (negative_prompt_embeds, negative_mask)
+        z = self._denoise(z, positive, negative, given, callback_on_step_end, callback_on_step_end_tensor_inputs)
         frames: Any = z if output_type == "latent" else self._frames(z, output_type)
         self.maybe_free_model_hooks()
         return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _denoise(
+        self,
+        z: Tensor,
+        positive: tuple[Tensor, Tensor],
+        negative: tuple[Tensor, Tensor],
+        given: Tensor | None,
+        callback: Callable[..., dict[str, Tensor]] | None,
+        names: Sequence[str],
+    ) -> Tensor:
+        """z [B, C, t, h, w] after all steps; `callback` is given the tensors of those names after each, and may change them."""
+        self._num_timesteps = len(self.scheduler.timesteps)
+        with self._bar(self._num_timesteps) as bar:
+            for i, timestep in enumerate(self.scheduler.timesteps):
+                if self.interrupt:
+                    continue
+                z = self._step(z, i, timestep, positive, negative, given)
+                if callback is not None:
+                    now = {"latents": z, "prompt_embeds": positive[0], "negative_prompt_embeds": negative[0]}
+                    now |= callback(self, i, timestep, {name: now[name] for name in names}) or {}
+                    z = _held(now["latents"], given)
+                    positive = now["prompt_embeds"], positive[1]
+                    negative = now["negative_prompt_embeds"], negative[1]
+                bar.update()
+        return z
 
     # ---------------------------------------------------------------------------------------------------- streaming
 
@@ -337,7 +346,7 @@ class VideoPipeline(DiffusionPipeline, LoraLoader):
         memories = len(positive[0]) * (2 if scale > 1 else 1)  # under guidance one for each prompt
         low = torch.bfloat16 if self.config.sampling.get("mixed_precision") == "bf16" else None
         try:
-            past = self.transformer.new_past(memories, (sizes[0], *shape[2:]), low)
+            past = self.transformer.new_past(memories, (sizes[0], *shape[2:]), low, self._execution_device)
         except ValueError as error:
             raise PipelineError(f"chunk_frames: {error}") from None
         shapes = [(len(positive[0]), shape[0], size, *shape[2:]) for size in sizes]
@@ -445,7 +454,7 @@ class VideoPipeline(DiffusionPipeline, LoraLoader):
         if self.tokenizer is None and not hasattr(self.text_encoder, "tokenize"):
             raise PipelineError(f"tokenizer: {type(self.text_encoder).__name__} needs one, and there is none; give it")
         length = self.config.sampling.get("max_length", 128)
-        return text.encode(self.text_encoder, self.tokenizer, prompts, length)
+        return text.encode(self.text_encoder, self.tokenizer, prompts, length, self._execution_device)
 
     def clips(self, prompts: list[str], seeds: list[int], negative_prompts: list[str], **options: Any) -> list[Tensor]:
         """One clip, uint8 [T, 3, H, W] on the CPU, for each prompt and seed; options are those of a call.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stgen import build, flops, ranks, schema, text
+from stgen import build, flops, ranks, schema, shards, text
 from stgen.buckets import Bucket
 from stgen.dataset import DataError
 from stgen.flops import readable
@@ -54,7 +54,13 @@ def check(
             batch = Batch(latents.to(device), [longest] * len(latents), [], 0)
             accumulate(cfg, parts.transformer, parts, objective, batch, 0)
 
-    return check_cuda(cfg, heaviest(buckets, needed)[0], attempt, reserve)
+    return check_cuda(cfg, heaviest(buckets, needed)[0], attempt, reserve, alone=not _meeting(cfg, parts))
+
+
+def _meeting(cfg: schema.Config, parts: build.Parts) -> bool:
+    """Whether ranks wait for one another within a pass through the model: they cannot go on after one ran out of memory."""
+    weights = (weight for module in parts.trained.values() for weight in module.parameters())
+    return ranks.size() > 1 and (cfg.model.norm.kind in ("batch", "prepbn") or any(map(shards.is_cut, weights)))
 
 
 @contextmanager
@@ -112,16 +118,17 @@ def check_estimate(
     )
 
 
-def check_cuda(cfg: schema.Config, bucket: Bucket, attempt: Attempt, reserve: int) -> str:
+def check_cuda(cfg: schema.Config, bucket: Bucket, attempt: Attempt, reserve: int, alone: bool = True) -> str:
     """Make one forward and backward pass of the largest batch, that of `bucket`, and say what it took.
 
     reserve: bytes of moments that the first update will still allocate. Raises DataError, with a batch that fits, where
-    memory does not suffice: what does is measured on batches of fewer clips.
+    memory does not suffice: what does is measured on batches of fewer clips if this rank can do it `alone`.
     """
     peak, free = _peak(attempt, bucket, bucket.batch_size, reserve), torch.cuda.mem_get_info()[1]
     if peak is None:
         step = cfg.train.gradient_accumulation_steps * ranks.size()
-        fits = next((n for n in _halves(bucket.batch_size, step) if _peak(attempt, bucket, n, reserve)), 0)
+        fewer = _halves(bucket.batch_size, step)
+        fits = next((n for n in fewer if _peak(attempt, bucket, n, reserve)), 0) if alone else None
         raise DataError(_refusal(cfg, bucket, fits, "does not fit", free))
     return (
         f"memory      {readable(peak, 'B')} of {readable(free, 'B')} for the largest batch ({bucket.batch_size} of {bucket}), "
@@ -144,6 +151,7 @@ def _peak(attempt: Attempt, bucket: Bucket, clips: int, reserve: int) -> int | N
         del held
         gc.collect()  # frames of the error hold activations
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # training's own is logged
 
 
 def _halves(batch: int, step: int) -> list[int]:
@@ -154,15 +162,16 @@ def _halves(batch: int, step: int) -> list[int]:
     return found
 
 
-def _refusal(cfg: schema.Config, bucket: Bucket, fits: int, words: str, free: int) -> str:
-    """The sentence of the error; `fits` clips of the bucket would do."""
+def _refusal(cfg: schema.Config, bucket: Bucket, fits: int | None, words: str, free: int) -> str:
+    """The sentence of the error; `fits` clips of the bucket would do, None where that is not known."""
     told = f"data.buckets: the largest batch, {bucket.batch_size} clips of {bucket} ({bucket.grid.tokens} tokens each), {words}"
     told += f", {readable(free, 'B')} are there; "
     parts = cfg.train.gradient_accumulation_steps * ranks.size()
-    fits, less = (
-        fits // parts * parts,
-        "raise train.gradient_accumulation_steps or write train.gradient_checkpointing: true",
-    )
+    less = "raise train.gradient_accumulation_steps or write train.gradient_checkpointing: true"
+    if fits is None:
+        key = "a lower batch_size there" if bucket.own_batch else "a lower data.tokens_per_batch"
+        return told + f"write {key}, or {less}"
+    fits = fits // parts * parts
     if not fits:
         return told + f"no smaller batch does: {less}, or take smaller buckets or a smaller model"
     key = f"batch_size: {fits} there" if bucket.own_batch else f"data.tokens_per_batch: {fits * bucket.grid.tokens}"

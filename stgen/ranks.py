@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -212,13 +213,20 @@ def together(device: torch.device, timeout: float) -> Iterator[None]:
         wait()
     except BaseException as error:
         if watch.tell(error):
-            raise RankError(
-                "lost touch with another rank, which ended without a word: killed, perhaps for memory, or its machine is gone; "
-                "go on with run.resume_from_checkpoint=latest"
-            ) from error
+            raise RankError(_lost(error, timeout)) from error
         raise
     watch.end()
     distributed.destroy_process_group()
+
+
+def _lost(error: BaseException, timeout: float) -> str:
+    """What an error of torch.distributed means, and what it said: of several faults none tells more."""
+    said = (str(error).strip().splitlines() or [""])[0]
+    if re.search(r"time(d|[- ])?[- ]?out", str(error), re.IGNORECASE):
+        reason = f"waited in vain for another rank; if it was at long work, raise distributed.timeout (now {timeout:g} s), and"
+    else:
+        reason = "lost touch with another rank, which ended without a word: killed, perhaps for memory, or its machine is gone;"
+    return f"{reason} go on with run.resume_from_checkpoint=latest ({said})"
 
 
 def _join(device: torch.device, timeout: float) -> distributed.Store:
@@ -260,9 +268,8 @@ class _Watch:
         """
         self.end()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # of torchrun, which has seen a rank end: it would cut off the word
+            # From torchrun, which has seen a rank end: it would cut off the word.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
         # The one that is lost has a reason to say, unless it was killed.
         deadline = time.monotonic() + (GRACE_SECONDS if lost else 0)

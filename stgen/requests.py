@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from stgen import saved, schema
-from stgen.fetched import HUB_ID
+from stgen.fetched import is_hub_id, missing
 
 
 class SampleError(ValueError):
@@ -68,8 +68,8 @@ def check_early(args: Namespace) -> None:
     else:
         index = saved.index_of(saved.check(folder))
         trained = Trained(
-            index.get("sampling", {}),
-            schema.Objective(**index.get("objective", {})),
+            index.get("sampling") or {},
+            schema.Objective(**(index.get("objective") or {})),
             _config(folder / "codec"),
             _config(folder / "transformer"),
         )
@@ -80,10 +80,9 @@ def check_early(args: Namespace) -> None:
             raise SampleError("--vae_tiling: this run has no autoencoder that could decode in tiles; leave it out")
     if "sheet" in args.output and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SampleError("--output: a sheet needs all clips in one process; leave it out, or sample without torchrun")
-    if args.lora is not None and not args.lora.exists() and not HUB_ID.fullmatch(str(args.lora)):
-        raise SampleError(
-            f"--lora: {args.lora} is neither a file nor a folder; name a run with lora.rank, or its adapter"
-        )
+    if args.lora is not None and not args.lora.exists() and not is_hub_id(args.lora):
+        what = missing(args.lora) or f"{args.lora} is neither a file nor a folder"
+        raise SampleError(f"--lora: {what}; name a run with lora.rank, or its adapter")
     if args.output_dir is not None and args.output_dir.exists() and not args.output_dir.is_dir():
         raise SampleError(f"--output_dir: {args.output_dir} cannot be written to: it is a file")
 
@@ -114,10 +113,7 @@ class Trained:
             other = "diffusion" if path == "flow" else "flow"
             use = ", ".join(schema.SAMPLERS[path])
             raise SampleError(f"scheduler {request.scheduler} is for objective.path {other}; with {path} use {use}")
-        if request.image is not None and self.objective.frame_times == "clip":
-            raise SampleError(
-                "--image: this model knows one noise level for all frames of a clip; train with objective.frame_times=past"
-            )
+        check_image_time(request, self.objective.frame_times)
         sizes = {"num_frames": request.num_frames, "height": request.height, "width": request.width}
         if (patch := self.codec.get("patch_size")) and self.codec.get("_class_name") == "PatchPCA":
             for (name, extent), joined in zip(sizes.items(), patch, strict=True):
@@ -129,6 +125,14 @@ class Trained:
                 f"{request.num_frames} frames of {request.height}x{request.width}: learned positions hold for the training "
                 "size alone; leave the size out, or train with tokens.positions: rope"
             )
+
+
+def check_image_time(request: Request, frame_times: str) -> None:
+    """Raise SampleError for an image that a model of such times cannot go on from."""
+    if request.image is not None and frame_times == "clip":
+        raise SampleError(
+            "--image: this model knows one noise level for all frames of a clip; train with objective.frame_times=past"
+        )
 
 
 def _check_image(request: Request) -> None:

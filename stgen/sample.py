@@ -4,7 +4,8 @@ import json
 import shutil
 import sys
 from argparse import Namespace
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stgen.caches import Cache, Tally, caching, calibrated
 from stgen.codec import PatchPCA, Pixels
 from stgen.logger import Logger
 from stgen.pipeline import VideoPipeline, build_scheduler, set_steps
-from stgen.requests import Request, SampleError, bad_image, read_requests
+from stgen.requests import Request, SampleError, bad_image, check_image_time, read_requests
 
 PATIENCE = 24 * 3600.0  # seconds that a rank waits for the others' clips
 
@@ -56,29 +57,10 @@ def _sample(args: Namespace, device: torch.device) -> list[Path]:
     tally = Tally()
 
     out, logger = _open_folder(args)
-    files, clips = [], []
     try:
-        own = _batches(requests, _batch_size(args, len(requests)))[ranks.rank() :: ranks.size()]
-        with tqdm(total=sum(len(group) for _, group in own), desc="sampling", unit="clip") as bar:
-            for first, group in own:
-                if _streams(pipeline, group[0]):
-                    files += _stream(pipeline, group, first, out, args)
-                    bar.update(len(group))
-                    continue
-                for i, (request, clip) in enumerate(
-                    zip(group, _run(pipeline, group, cache, tally), strict=True), start=first
-                ):
-                    files.append(_write(out, i, request, clip, args))
-                    clips += [clip] if "sheet" in args.output else []
-                    bar.update()
+        files, clips = _make(pipeline, requests, out, args, cache, tally)
         files = sorted(Path(file) for made in ranks.gather([str(file) for file in files]) for file in made)
-        captions = [f"{request.prompt}  (seed {request.seed})" for request in requests]
-        if "sheet" in args.output:
-            video.contact_sheet(out / "contact_sheet.png", clips, captions)
-        if logger is not None and "sheet" in args.output:
-            logger.image(0, "samples/contact_sheet", out / "contact_sheet.png")
-        if logger is not None and files[0].suffix == ".mp4":
-            logger.videos(0, "samples/videos", list(zip(files, captions, strict=True)))
+        _show(logger, out, files, clips, requests, args)
     finally:
         if logger is not None:
             logger.finish()
@@ -89,6 +71,44 @@ def _sample(args: Namespace, device: torch.device) -> list[Path]:
     print(f"{len(files)} clips in {out}" + (f"; {files[0].name} first" if len(files) > 1 else f": {files[0].name}"))
     print(logger.where)
     return files
+
+
+def _make(
+    pipeline: VideoPipeline, requests: list[Request], out: Path, args: Namespace, cache: Cache | None, tally: Tally
+) -> tuple[list[Path], list[video.Clip]]:
+    """Sample and write this rank's share; its files, and where a sheet is asked for its clips."""
+    files, clips = [], []
+    own = _batches(requests, _batch_size(args, len(requests)))[ranks.rank() :: ranks.size()]
+    with tqdm(total=sum(len(group) for _, group in own), desc="sampling", unit="clip") as bar:
+        for first, group in own:
+            if _streams(pipeline, group[0]):
+                files += _stream(pipeline, group, first, out, args)
+                bar.update(len(group))
+                continue
+            made = _run(pipeline, group, cache, tally)
+            for i, (request, clip) in enumerate(zip(group, made, strict=True), start=first):
+                files.append(_write(out, i, request, clip, args))
+                clips += [clip] if "sheet" in args.output else []
+                bar.update()
+    return files, clips
+
+
+def _show(
+    logger: Logger | None,
+    out: Path,
+    files: list[Path],
+    clips: list[video.Clip],
+    requests: list[Request],
+    args: Namespace,
+) -> None:
+    """Draw the sheet that is asked for, and log it and the clips."""
+    captions = [f"{request.prompt}  (seed {request.seed})" for request in requests]
+    if "sheet" in args.output:
+        video.contact_sheet(out / "contact_sheet.png", clips, captions)
+    if logger is not None and "sheet" in args.output:
+        logger.image(0, "samples/contact_sheet", out / "contact_sheet.png")
+    if logger is not None and files[0].suffix == ".mp4":
+        logger.videos(0, "samples/videos", list(zip(files, captions, strict=True)))
 
 
 def _open_folder(args: Namespace) -> tuple[Path, Logger | None]:
@@ -150,11 +170,8 @@ def check_requests(pipeline: VideoPipeline, requests: list[Request]) -> None:
     for request in dict.fromkeys(_settings(request) for request in requests):
         pipeline.latent_shape(request.num_frames, request.height, request.width)
         build_scheduler(request.scheduler, pipeline.objective)
-    if any(request.image for request in requests) and pipeline.objective.frame_times == "clip":
-        raise SampleError(
-            "--image: this model knows one noise level for all frames of a clip; train with objective.frame_times=past"
-        )
     for request in requests:
+        check_image_time(request, pipeline.objective.frame_times)
         if request.image is not None:
             read_image(request.image, request.height, request.width)
 
@@ -258,19 +275,28 @@ def _cache(pipeline: VideoPipeline, words: list[str], first: Request) -> Cache:
 
 def _run(pipeline: VideoPipeline, group: list[Request], cache: Cache | None, tally: Tally) -> list[video.Clip]:
     """Clips of requests with common settings. Each has its own generator, so that its neighbours do not matter."""
-    first, own = group[0], pipeline.scheduler
-    if first.scheduler is not None:
-        pipeline.scheduler = build_scheduler(first.scheduler, pipeline.objective)
-    set_steps(pipeline.scheduler, first.num_inference_steps, pipeline.objective.path, "cpu")
-    with caching(pipeline, cache, len(pipeline.scheduler.timesteps), tally):
-        frames = pipeline.clips(
-            [request.prompt for request in group],
-            [request.seed for request in group],
-            [request.negative_prompt for request in group],
-            **_common(group),
-        )
-    pipeline.scheduler = own
+    with _scheduler(pipeline, group[0].scheduler):
+        set_steps(pipeline.scheduler, group[0].num_inference_steps, pipeline.objective.path, "cpu")
+        with caching(pipeline, cache, len(pipeline.scheduler.timesteps), tally):
+            frames = pipeline.clips(
+                [request.prompt for request in group],
+                [request.seed for request in group],
+                [request.negative_prompt for request in group],
+                **_common(group),
+            )
     return [video.Clip(clip, request.fps) for clip, request in zip(frames, group, strict=True)]
+
+
+@contextmanager
+def _scheduler(pipeline: VideoPipeline, name: str | None) -> Iterator[None]:
+    """Within it the pipeline has the scheduler of that name; None: its own."""
+    own = pipeline.scheduler
+    if name is not None:
+        pipeline.scheduler = build_scheduler(name, pipeline.objective)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
 
 
 def _common(group: list[Request]) -> dict[str, Any]:
@@ -293,9 +319,7 @@ def _trained_frames(pipeline: VideoPipeline) -> int:
 
 def _stream(pipeline: VideoPipeline, group: list[Request], index: int, out: Path, args: Namespace) -> list[Path]:
     """Clips of requests with common settings, each written as its chunks are made; returns their files."""
-    first, own = group[0], pipeline.scheduler
-    if first.scheduler is not None:
-        pipeline.scheduler = build_scheduler(first.scheduler, pipeline.objective)
+    first = group[0]
     chunks = pipeline.stream(
         [request.prompt for request in group],
         [request.negative_prompt for request in group],
@@ -306,6 +330,7 @@ def _stream(pipeline: VideoPipeline, group: list[Request], index: int, out: Path
     )
     names = [f"{i:03d}-seed{request.seed}" for i, request in enumerate(group, start=index)]
     with ExitStack() as until_whole:
+        until_whole.enter_context(_scheduler(pipeline, first.scheduler))
         writers = [video.writer(out / f"{name}.mp4", r.fps) for name, r in zip(names, group, strict=True)]
         add = [until_whole.enter_context(writer) for writer in writers]
         bar = until_whole.enter_context(tqdm(total=first.num_frames, desc="streaming", unit="frame", leave=False))
@@ -313,7 +338,6 @@ def _stream(pipeline: VideoPipeline, group: list[Request], index: int, out: Path
             for add_to, frames in zip(add, (chunk.float().cpu() * 255).round().to(torch.uint8), strict=True):
                 add_to(frames)
             bar.update(chunk.shape[1])
-    pipeline.scheduler = own
     for name, request in zip(names, group, strict=True):
         _write_settings(out / f"{name}.json", request, args, chunk_frames=request.chunk_frames)
     return [out / f"{name}.mp4" for name in names]

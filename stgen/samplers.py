@@ -13,7 +13,7 @@ from stgen.listing import DataError
 Key = tuple[int, int]  # (index, epoch): a sample, and how often it was read before
 
 
-def generator(*key: int | str) -> torch.Generator:
+def data_generator(*key: int | str) -> torch.Generator:
     """A generator that depends on `key` alone: not on the process, the worker or the order of calls."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -21,7 +21,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 def split(count: int, held_out: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(training, held-out) indices of `count` samples, ascending; at most a tenth is held out."""
-    order = torch.randperm(count, generator=generator(seed, "split")).tolist()
+    order = torch.randperm(count, generator=data_generator(seed, "split")).tolist()
     held = min(held_out, count // 10)
     return tuple(sorted(order[held:])), tuple(sorted(order[:held]))
 
@@ -35,7 +35,7 @@ class Order:
 
     def __init__(self, weights: Sequence[float], *key: int | str):
         self.weights, self.key = np.asarray(weights, dtype=np.float64), key
-        drawn = torch.rand(len(self.weights), generator=generator(*key, "phases"), dtype=torch.float64).numpy()
+        drawn = torch.rand(len(self.weights), generator=data_generator(*key, "phases"), dtype=torch.float64).numpy()
         self._phases = np.where(self.weights % 1 == 0, 0.0, drawn)
         self._pass = (0, 0, np.empty(0, np.int64), np.empty(0, np.int64))  # number, first position, items, times
 
@@ -68,7 +68,7 @@ class Order:
         before = self._came(number)
         often = self._came(number + 1) - before
         items = np.repeat(np.arange(len(often)), often)
-        items = items[torch.randperm(len(items), generator=generator(*self.key, "epoch", number)).numpy()]
+        items = items[torch.randperm(len(items), generator=data_generator(*self.key, "epoch", number)).numpy()]
         places = np.argsort(items, kind="stable")  # all of the first item, in the order in which they come; …
         times = np.empty_like(items)
         times[places] = np.arange(len(items)) + np.repeat(before - (np.cumsum(often) - often), often)

@@ -7,7 +7,7 @@ the network. Here the few classes that stgen itself saves are allowed, files tha
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,14 +173,26 @@ def _check_settings(file: Path, key: str, value: Any) -> None:
 
 
 def _check_config(file: Path, content: dict[str, Any]) -> None:
-    for key in REDIRECTS:
-        if content.get(key) is not None:
+    for key, value in _entries(content):
+        if key in REDIRECTS and value is not None:
             raise SavedError(
                 f"{file}: {key} sends its reader to other code or files, which is never followed; remove it"
             )
     bounded = {key: value for key, value in content.items() if (key, value) != UNCLIPPED}
     if file.name != "tokenizer_config.json" and (fault := limits.slip(bounded)):  # there 1e30 means no limit
         raise SavedError(f"{file}: {fault}")
+
+
+def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, those of mappings within included."""
+    left = [content]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
 
 
 def _check_shards(file: Path, content: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from stgen import checkpoint, ranks, shards
 from stgen.shards import Groups
@@ -16,27 +15,27 @@ from stgen.shards import Groups
 def save(run_dir: Path, step: int, tensors: Groups, state: dict[str, Any], total_limit: int) -> Path:
     """`checkpoint.save` by all ranks at once; raises as that does."""
     mine, whole = _split(tensors)
+    final = run_dir / f"checkpoint-{step}"
     if ranks.is_first():
-        checkpoint.save(run_dir, step, whole, state, total_limit, lambda folder: _meet(folder, mine))
-    else:
-        _meet(run_dir, mine)
-    return run_dir / f"checkpoint-{step}"
+        return checkpoint.save(run_dir, step, whole, state, total_limit, lambda made: _meet(final, mine, made))
+    _meet(final, mine)
+    return final
 
 
 def dump(folder: Path, step: int, tensors: Groups, state: dict[str, Any]) -> Path:
     """`checkpoint.dump` by all ranks at once; raises as that does."""
     mine, whole = _split(tensors)
     if ranks.is_first():
-        return checkpoint.dump(folder, step, whole, state, lambda made: _meet(made, mine))
-    _meet(folder.parent, mine)
+        return checkpoint.dump(folder, step, whole, state, lambda made: _meet(folder, mine, made))
+    _meet(folder, mine)
     return folder
 
 
 def resolve(run_dir: Path, which: str) -> checkpoint.Loaded | None:
-    """`checkpoint.resolve`, in which the first rank chooses for all; raises as that does."""
+    """`checkpoint.resolve`, in which the first rank chooses and verifies for all; raises as that does."""
     found = checkpoint.resolve(run_dir, which) if ranks.is_first() else None
     (path, *_) = ranks.gather(None if found is None else str(found.path))
-    return found if ranks.is_first() or path is None else checkpoint.load(path)
+    return found if ranks.is_first() or path is None else checkpoint.load(path, hashes=False)
 
 
 def _split(tensors: Groups) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -49,22 +48,24 @@ def _split(tensors: Groups) -> tuple[dict[str, dict], dict[str, dict]]:
         shard, of, copy = place
         if copy == 0:
             kept = {n: shards.local(t) for n, t in named.items() if shard == 0 or shards.is_cut(t)}
-            mine[shards.group_of(group, shard, of)] = {n: t.detach().cpu().contiguous() for n, t in kept.items()}
+            mine[shards.group_of(group, shard, of)] = kept
     return mine, whole
 
 
-def _meet(folder: Path, mine: dict[str, dict]) -> None:
-    """Write this rank's files into the temporary folder that the first rank has made, and wait for those of all.
+def _meet(final: Path, mine: dict[str, dict], made: Path | None = None) -> dict[str, checkpoint.Entry]:
+    """Write this rank's files of the checkpoint `final` where the first rank has made a folder for all, and wait for those
+    of all; what the manifest says of them.
 
-    folder: on the first rank that folder, on others the one that it lies in. Raises OSError on all if one cannot write.
+    made: on the first rank that folder. Raises CheckpointError on all if one cannot write.
     """
-    (name, *_) = ranks.gather(folder.name if ranks.is_first() else None)
-    temporary, fault = folder if ranks.is_first() else folder / name, None
+    (name, *_) = ranks.gather(made and made.name)
+    files, fault = {}, None
     try:
-        for file, named in mine.items():
-            save_file(named, temporary / f"{file}.safetensors")
+        files = checkpoint.write(final.with_name(name), mine)
     except (OSError, SafetensorError) as error:
-        fault = str(error)
-    for number, told in enumerate(ranks.gather(fault)):
-        if told is not None:
-            raise OSError(f"rank {number}: {told}")
+        fault = f"rank {ranks.rank()}: {checkpoint.refusal(final, error, mine)}"
+    told = ranks.gather([files, fault])
+    for _, fault in told:
+        if fault is not None:
+            raise checkpoint.CheckpointError(fault)
+    return {name: entry for files, _ in told for name, entry in files.items()}

@@ -130,7 +130,10 @@ def write_folder(
     root: Path, *, clips: int, held_out: int, held_out_seed: int, num_frames: int, height: int, width: int, seed: int,
     motion: str = "within",
 ) -> Split:  # fmt: skip
-    """Render `clips` captioned mp4 files of the seen combinations into `root`; a folder already made so is kept."""
+    """Render `clips` captioned mp4 files of the seen combinations into `root`; a folder already made so is kept.
+
+    Raises ShapesError for a folder that holds anything else.
+    """
     recipe: dict[str, int | str] = dict(
         clips=clips, held_out=held_out, held_out_seed=held_out_seed,
         num_frames=num_frames, height=height, width=width, seed=seed,
@@ -141,6 +144,8 @@ def write_folder(
     marker = root / MARKER
     if _recipe(root) == recipe:
         return chosen
+    if not _may_render(root):
+        raise ShapesError(f"{root} holds files that were not rendered here; name a new or an empty folder")
     root.mkdir(parents=True, exist_ok=True)
     if marker.exists():  # an earlier recipe's clips, some of which this one may not replace
         for path in root.glob("[0-9]" * 5 + ".mp4"):
@@ -173,9 +178,23 @@ def split_of(root: Path) -> Split | None:
 def _recipe(root: Path) -> dict[str, Any] | None:
     """How a folder was rendered; None for any other folder and for one that was not finished."""
     try:
-        return json.loads((root / MARKER).read_text()).get("recipe")
-    except (OSError, ValueError):
+        content = json.loads((root / MARKER).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    ours = isinstance(recipe, dict) and type(recipe.get("held_out_seed")) is int and recipe.get("held_out") in range(13)
+    return recipe if ours else None
+
+
+def _may_render(root: Path) -> bool:
+    """Whether a folder is empty or was rendered here, to its end or not."""
+    try:
+        content = json.loads((root / MARKER).read_text())
+    except FileNotFoundError:
+        return not root.exists() or all(path.name.startswith(".") for path in root.iterdir())
+    except ValueError:  # killed while it was written
+        return True
+    return content == {} or _recipe(root) is not None
 
 
 # ---------------------------------------------------------------------------------------------------- the oracle

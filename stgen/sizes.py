@@ -37,8 +37,8 @@ def best(info: Info, sizes: Sequence[Size], fits: Sequence[bool]) -> int | None:
     able = [i for i in able if _bend(info, sizes[i]) <= nearest + NEAR]
 
     def merit(i: int) -> tuple[bool, float, int]:
-        enlarged = _scale(info, sizes[i]) > 1
-        return (not enlarged, -_scale(info, sizes[i]) if enlarged else sizes[i].pixels, sizes[i].num_frames)
+        enlarged = scale(info, sizes[i]) > 1
+        return (not enlarged, -scale(info, sizes[i]) if enlarged else sizes[i].pixels, sizes[i].num_frames)
 
     return max(able, key=merit)
 
@@ -48,6 +48,6 @@ def _bend(info: Info, size: Size) -> float:
     return abs(math.log(info.width / info.height * size.height / size.width))
 
 
-def _scale(info: Info, size: Size) -> float:
+def scale(info: Info, size: Size) -> float:
     """By how much frames are enlarged to cover the size."""
     return max(size.height / info.height, size.width / info.width)

@@ -12,6 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stgen import buckets, build, checkpoint, codec, dataset, hub, latent_cache, listing, ranks, schema, shapes, tars
+from stgen.config import one_line
+
+FILL = 2**28  # numbers of the clips that data.cache: memory encodes at once
 
 
 def open_folder(cfg: schema.Config, run_dir: Path) -> tuple[dataset.VideoFolder, shapes.Split | None]:
@@ -59,7 +62,8 @@ def known_captions(cfg: schema.Config) -> list[str]:
     else:
         root = _fetched(cfg, cfg.output_dir) if cfg.data.source == "huggingface" else Path(cfg.data.train_data_dir)
         found = listing.Found() if cfg.data.source == "huggingface" and not root.is_dir() else listing.find(root)
-    names = found.videos + (found.images if any(bucket.num_frames == 1 for bucket in cfg.data.buckets) else [])
+    lengths = [bucket.num_frames for bucket in cfg.data.buckets] or [cfg.data.num_frames]
+    names = found.videos + (found.images if 1 in lengths else [])
     return [entry.row.caption for entry in found.entries(root, names)]
 
 
@@ -143,11 +147,15 @@ class Batch:
                 "data.buckets: clips of several sizes cannot be one batch here; take one size of clips"
             )
         if disk is not None:
-            return Batch.of([disk.within(ids)[i, 0] for i in ids], device)
-        items = [folder[(i, 0)] for i in ids]
-        encode = codec.as_codec(component).encode
-        latents = [encode(codec.to_unit(item["frames"][None].to(device))) for item in items]
-        return Batch(torch.cat(latents), [item["caption"] for item in items], [item["path"] for item in items])
+            kept = disk.within(ids)
+            return Batch.of([kept[i, 0] for i in ids], device)
+        encode, rows = codec.as_codec(component).encode, []
+        for item in (folder[i, 0] for i in ids):  # one clip at a time is held as frames
+            for name, reason in item["rejects"]:
+                ranks.say(one_line(f"{name} cannot be read, {item['path']} stands for it: {reason}"))
+            latents = encode(codec.to_unit(item["frames"][None].to(device)))[0]
+            rows.append((latents, item["caption"], item["path"]))
+        return Batch.of(rows, device)
 
 
 class Source:
@@ -197,7 +205,9 @@ class Source:
     def _encoded(self, item: dict[str, Any]) -> Batch:
         new = [reject for reject in item["rejects"] if reject[0] not in self.rejects]
         if new:
-            dataset.write_rejects(self.run_dir / "rejects.jsonl", new)
+            # Of several ranks each has a file of its own: lines that many append to one would mix.
+            name = "rejects.jsonl" if ranks.is_first() else f"rejects-{ranks.rank()}.jsonl"
+            dataset.write_rejects(self.run_dir / name, new)
             self.rejects |= {path for path, _ in new}
         frames = codec.to_unit(item["frames"].to(self.device))  # [B, 3, T, H, W]
         return Batch(self.codec.encode(frames), item["caption"], item["path"])
@@ -223,7 +233,8 @@ class Source:
 
     def _first_epoch(self, ids: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, str, str]]]:
         """Latents, caption and file of the clips `ids`, which are of one size, some at a time."""
-        sampler = dataset.StepSampler(ids, 32, self.cfg.run.seed)
+        numbers = 3 * math.prod(self.folder.sizes[self.folder.samples[ids[0]].size])  # of one clip
+        sampler = dataset.StepSampler(ids, max(1, min(32, FILL // numbers)), self.cfg.run.seed)
         workers, timeout = self.cfg.data.dataloader_num_workers, self.cfg.data.decode_timeout
         items = iter(dataset.loader(self.folder, sampler, workers, timeout))
         for step in range(math.ceil(len(ids) / sampler.batch_size)):

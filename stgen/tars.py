@@ -6,6 +6,7 @@ clip. Each tar is gone through once, for where its members lie; nothing is unpac
 
 import glob
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,18 @@ from typing import IO
 from tqdm import tqdm
 
 from stgen import video
-from stgen.listing import CAPTION_COLUMNS, MAX_CAPTION, DataError, Found, Reject, Row, clean, json_object, said_of
+from stgen.listing import (
+    CAPTION_COLUMNS,
+    MAX_CAPTION,
+    OTHER_FORMAT,
+    DataError,
+    Found,
+    Reject,
+    Row,
+    clean,
+    json_object,
+    said_of,
+)
 from stgen.members import Member
 
 WORDS = (".txt", ".json")
@@ -23,15 +35,11 @@ WORDS = (".txt", ".json")
 def find(where: str) -> tuple[Path, Found]:
     """The folder of the tars that `where` names, and what they hold.
 
-    `where` is a folder, searched recursively, a .tar or a pattern such as clips-*.tar. Raises DataError if it names none.
+    `where` is a folder, searched recursively, a .tar or a pattern such as clips-*.tar or clips-{000..099}.tar. Raises
+    DataError if it names none.
     """
     tars = _tars(where)
-    if not tars:
-        raise DataError(
-            f"data.train_data_dir: {where} names no .tar; give a folder, a .tar or a pattern like clips-*.tar"
-        )
-    root = Path(where) if Path(where).is_dir() else Path(os.path.commonpath([tar.parent for tar in tars]))
-    found = Found()
+    root, found = _root(where, tars), Found()
     for tar in tqdm(tars, "indexing tars", delay=1, leave=False, unit="tar"):
         _index(tar, tar.relative_to(root).as_posix(), found)
     found.videos.sort()
@@ -39,10 +47,53 @@ def find(where: str) -> tuple[Path, Found]:
     return root, found
 
 
+def root_of(where: str) -> Path:
+    """The folder of the tars that `where` names, as `find` gives it. Raises DataError if it names none."""
+    return _root(where, _tars(where))
+
+
+def _root(where: str, tars: list[Path]) -> Path:
+    return Path(where) if Path(where).is_dir() else Path(os.path.commonpath([tar.parent for tar in tars]))
+
+
 def _tars(where: str) -> list[Path]:
     if Path(where).is_dir():
-        return sorted(path for path in Path(where).rglob("*.tar") if path.is_file())
-    return sorted(Path(name) for name in glob.glob(where) if name.endswith(".tar") and os.path.isfile(name))
+        tars = [path for path in Path(where).rglob("*.tar") if path.is_file()]
+    else:
+        tars = [tar for pattern in _patterns(where) for tar in _matches(pattern)]
+    if not tars:
+        raise DataError(
+            f"data.train_data_dir: {where} names no .tar; give a folder, a .tar or a pattern like clips-*.tar"
+        )
+    return sorted(set(tars))
+
+
+def _patterns(where: str) -> list[str]:
+    """clips-008.tar, clips-009.tar, clips-010.tar for clips-{008..010}.tar. Raises DataError if one of them is not there."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", where)
+    if found is None or os.path.exists(where):
+        return [where]
+    first, last = found.groups()
+    numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    patterns = [p for i in numbers for p in _patterns(where[: found.start()] + i + where[found.end() :])]
+    if missing := [pattern for pattern in patterns if not _matches(pattern)]:
+        raise DataError(
+            f"data.train_data_dir: {where} names {len(patterns)} tars of which {len(missing)} are not there, "
+            f"first {missing[0]}; mend the range"
+        )
+    return patterns
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The tars that one pattern names; a path that is there is no pattern, whatever characters it has."""
+    folder, name = os.path.split(pattern)
+    if os.path.isfile(pattern):
+        names = [pattern]
+    elif os.path.isdir(folder):
+        names = [os.path.join(folder, match) for match in glob.glob(name, root_dir=folder)]
+    else:
+        names = glob.glob(pattern)
+    return [Path(name) for name in names if name.endswith(".tar") and os.path.isfile(name)]
 
 
 def _index(tar: Path, name: str, found: Found) -> None:
@@ -53,16 +104,19 @@ def _index(tar: Path, name: str, found: Found) -> None:
     said, clips = {}, 0
     with open(tar, "rb") as file:
         for member in members.values():
-            if Path(member.name).suffix in WORDS:
+            if member.suffix.lower() in WORDS:
                 _add_words(file, member, f"{name}/{member.name}", said, found)
     for member in members.values():
         kind = _kind(member, found)
+        if member.suffix.lower() in video.OTHER_SUFFIXES:
+            found.rejects.append(Reject(f"{name}/{member.name}", OTHER_FORMAT))
         if kind is not None:
             path, clips = f"{name}/{member.name}", clips + 1
             kind.append(path)
             found.members[path] = member
             words = said.get(_key(member.name), {})
-            found.rows[path] = [_row(words, path)]
+            row = _row(words, path)
+            found.rows[path] = {row.span: row}
     if not clips:
         found.rejects.append(
             Reject(name, f"holds no video or image ({' '.join(video.SUFFIXES + video.IMAGE_SUFFIXES)})")
@@ -111,7 +165,7 @@ def _add_words(file: IO[bytes], member: Member, place: str, said: dict[str, dict
     content = file.read(member.size)
     words = said.setdefault(_key(member.name), {})
     try:
-        if member.suffix == ".txt":
+        if member.suffix.lower() == ".txt":
             words["a sidecar"] = clean(content.decode("utf-8-sig"))
         else:
             words.update(json_object(content.decode("utf-8-sig")))

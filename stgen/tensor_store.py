@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,7 +66,8 @@ def prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARKER).exists():
-            if any(folder.iterdir()):
+            # Names that begin with a dot are another machine's marker being written, or the system's.
+            if any(entry.name != MARKER and not entry.name.startswith(".") for entry in folder.iterdir()):
                 raise CacheError(
                     f"data.cache_dir: {folder} is no cache: it holds files but no {MARKER}; name a new folder"
                 )
@@ -128,6 +129,20 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> int:
     except (OSError, SafetensorError) as error:
         draft.unlink(missing_ok=True)
         raise _refused(path.parent, error, sum(tensor.nbytes for tensor in tensors.values())) from None
+
+
+def publish(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """`save`, unless another process or machine was first, whose file then stays."""
+    draft = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    save(draft, tensors)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def narrow(tensor: Tensor) -> Tensor:
@@ -217,8 +232,9 @@ def _index(path: Path) -> _Index:
     try:
         if path.is_symlink() or path.stat().st_size > MAX_JSON:
             raise CacheError(f"{path}: a link, or larger than {MAX_JSON} bytes; remove it")
-        return _Index.model_validate_json(path.read_bytes(), strict=True)
-    except (OSError, ValidationError, RecursionError):
+        # The json module takes names of files that are not UTF-8, pydantic's parser does not.
+        return _Index.model_validate(json.loads(path.read_bytes()), strict=True)
+    except (OSError, ValueError, RecursionError):
         raise CacheError(
             f"{path}: cannot be read as the index of a shard; remove it and its .safetensors file"
         ) from None

@@ -71,7 +71,7 @@ class LearnedTextEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """[B, L] -> [B, L, width]."""
-        x = self.embed(ids) + self.places.weight[: ids.shape[1]]
+        x = self.embed(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
         return x if self.layers is None else self.layers(x, src_key_padding_mask=~mask)
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -85,31 +85,38 @@ class LearnedTextEncoder(ModelMixin, ConfigMixin):
         return [self._ids[word] for word in words_of(prompt) if word in self._ids]
 
 
-def encode(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], max_length: int = 128) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, L, width] and mask [B, L] of prompts, on the encoder's device.
+def encode(
+    text_encoder: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_length: int = 128,
+    device: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, L, width] and mask [B, L] of prompts, computed on `device`; None: where the encoder's weights lie.
 
     A learned encoder keeps its gradient and its own length. A pretrained one (tokenizer given) runs without gradient, and
     prompt by prompt: an embedding does not depend, in the last bits, on its neighbours, so that it can be kept.
     """
+    device = text_encoder.device if device is None else device
     if tokenizer is None:
-        ids, mask = (x.to(text_encoder.device) for x in text_encoder.tokenize(prompts))
+        ids, mask = (x.to(device) for x in text_encoder.tokenize(prompts))
         return text_encoder(ids, mask), mask
     if isinstance(text_encoder, KnownPrompts):
         rows = [text_encoder.embedding(prompt) for prompt in prompts]
     else:
-        rows = [_embedding(text_encoder, tokenizer, prompt, max_length) for prompt in prompts]
+        rows = [_embedding(text_encoder, tokenizer, prompt, max_length, device) for prompt in prompts]
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     mask = torch.arange(max(1, int(lengths.max())), device=rows[0].device) < lengths[:, None]  # [B, L]
     return torch.stack([functional.pad(row, (0, 0, 0, mask.shape[1] - len(row))) for row in rows]), mask
 
 
 @torch.no_grad()
-def _embedding(text_encoder: Any, tokenizer: Any, prompt: str, max_length: int) -> Tensor:
+def _embedding(text_encoder: Any, tokenizer: Any, prompt: str, max_length: int, device: torch.device | str) -> Tensor:
     """[L, width] of one prompt, its own tokens alone."""
     tokens = tokenizer([prompt], truncation=True, max_length=longest(text_encoder, max_length), return_tensors="pt")
-    ids, mask = tokens.input_ids.to(text_encoder.device), tokens.attention_mask.to(text_encoder.device)
+    ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
     if not ids.numel():  # the empty prompt of a tokenizer without an end token
-        return torch.zeros(0, width_of(text_encoder), device=text_encoder.device)
+        return torch.zeros(0, width_of(text_encoder), device=device)
     return text_encoder(input_ids=ids, attention_mask=mask)[0][0].float()
 
 

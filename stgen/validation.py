@@ -1,6 +1,6 @@
 """What a model can do: clips of fixed prompts, the loss on held-out clips, the oracle's verdict on built-in shapes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stgen import build, dataset, ranks, schema, shapes, video
+from stgen import buckets, build, codec, dataset, ranks, schema, shapes, video
 from stgen.objective import Objective
 from stgen.pipeline import VideoPipeline
 from stgen.source import Batch
@@ -26,6 +26,16 @@ def evaluating(parts: build.Parts) -> Iterator[None]:
     finally:
         for module in parts.trained.values():
             module.train()
+
+
+def at_once(cfg: schema.Config, component: Any, latent_shape: Sequence[int] | None = None) -> int:
+    """How many clips, of latents of that shape or else of the size that is sampled, a rank computes at once in training."""
+    batch = cfg.train.train_batch_size
+    if cfg.data.buckets:
+        adapted, data = codec.as_codec(component), cfg.data
+        shape = tuple(latent_shape or adapted.latent_shape(data.num_frames, data.height, data.width))
+        batch = next((b.batch_size for b in buckets.plan(cfg, adapted) if tuple(b.latent_shape) == shape), batch)
+    return max(1, batch // (cfg.train.gradient_accumulation_steps * ranks.size()))
 
 
 def held_out_loss(cfg: schema.Config, parts: build.Parts, objective: Objective, batch: Batch) -> float:
@@ -52,22 +62,25 @@ def held_out_losses(
     """Loss of each held-out clip at a fixed time and noise, the same for every model: [clips].
 
     The times are evenly spaced quantiles of the density of training times, so that the mean compares with the training
-    loss; with `of` above 1 they are taken from that `part` of as many equally likely ones.
+    loss; with `of` above 1 they are taken from that `part` of as many equally likely ones. Of several ranks each computes its
+    share of the clips, and has all.
     """
     count, found = len(batch.captions), []
     draws = objective.draw_times(4096, generator("held-out times")).sort().values
     places = torch.arange(count) * 2 + 1 + 2 * count * part
     times = draws[places * len(draws) // (2 * count * of)]  # [count]
     key = ("held-out",) if part == 0 else ("held-out", part, "of", of)
-    for start in range(0, count, cfg.train.train_batch_size):
-        rows = range(start, min(start + cfg.train.train_batch_size, count))
-        latents = batch.latents[rows.start : rows.stop]
+    shared, size = ranks.share(range(count)), at_once(cfg, parts.codec, batch.latents.shape[1:])
+    for start in range(0, len(shared), size):
+        rows = [*shared[start : start + size]]
+        latents = batch.latents[rows]
         noise = [torch.randn(latents.shape[1:], generator=generator(cfg.run.seed, *key, i)) for i in rows]
-        t = times[rows.start : rows.stop].to(latents.device)
-        clips = Batch(latents, batch.captions[rows.start : rows.stop], [])
+        t = times[rows].to(latents.device)
+        clips = Batch(latents, [batch.captions[i] for i in rows], [])
         noise = torch.stack(noise).to(latents.device)
         found.append(losses(cfg, parts.transformer, parts, objective, clips, noise, t, clips.captions))
-    return torch.cat(found)
+    mine = torch.cat([batch.latents.new_empty(0), *found])  # of more ranks than clips some have none
+    return mine if ranks.size() == 1 else torch.stack(ranks.joined([*mine.cpu()], count))
 
 
 def prompts_of(cfg: schema.Config, captions: list[str], split: shapes.Split | None) -> list[str]:
@@ -98,7 +111,7 @@ def sample_prompts(
 def sample_clips(pipeline: VideoPipeline, prompts: list[str], seeds: list[int], cfg: schema.Config) -> list[Tensor]:
     """One clip, uint8 [T, 3, H, W], for each prompt and seed; of several ranks each samples its share and has all."""
     pipeline.set_progress_bar_config(disable=True)
-    clips, batch, count = [], cfg.train.train_batch_size, len(prompts)
+    clips, batch, count = [], at_once(cfg, pipeline.codec), len(prompts)
     prompts, seeds = [*ranks.share(prompts)], [*ranks.share(seeds)]
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]

@@ -13,7 +13,7 @@ MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p f
 
 ROOM_3 = {
     "adapters", "buckets", "build", "caches", "checkpoint", "cli", "describe", "ema", "export", "finite", "flops",
-    "lab", "latent_cache", "logger", "metrics", "optim", "parallel", "preflight", "progress", "ranks", "requests",
+    "lab", "latent_cache", "logger", "metrics", "optim", "parallel", "preflight", "progress", "ranks", "requests", "run_folder",
     "sample", "saving", "shards", "source", "step", "train", "validation",
 }  # fmt: skip
 SPINE = {
@@ -55,13 +55,14 @@ SPINE = {
     "text": set(),
     "mixers": {"section", "tokens", "ops.cost", "attention.pattern", "attention.layout", "attention.reuse"},
     "blocks": {"attention", "mixers", "norm_spec", "norms", "tokens", "ops"},
-    "peer": {"attention", "blocks"},
+    "peer": {"attention", "blocks", "lora_file"},
     "model": {"attention", "mixers", "norm_spec", "norms", "tokens", "ops", "blocks", "peer"},
     "objective": set(),
     "saved": {"limits", "schema", "section"},
     "fetched": {"saved"},
     "lora_spec": {"section"},
-    "lora": {"lora_spec", "peer"},
+    "lora_file": {"fetched"},
+    "lora": {"lora_spec", "lora_file"},
     "pipeline": {"model", "codec", "text", "tokens", "objective", "saved", "fetched", "lora"},
 }
 OUTSIDE = {  # who may import these

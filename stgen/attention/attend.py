@@ -120,15 +120,15 @@ class Heads(nn.Module):
         """The weights themselves: [S, heads, n, m], sink tokens and then registers first among the m keys."""
         q, k = self._entering(q, "q", grid), self._entering(k, "k", grid)
         support = self._support(q, k, grid)
-        k = self._with_sink(k, self.sink.k, support)
+        k = self._with_sink(k, self.sink("k"), support)
         return self._map(q, k, support, self._key_mask(grid, q), self._rows(grid, q))
 
     def apply_map(self, weights: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Weights, of this layer or an earlier one, on values [B, N, heads, D] -> the same shape."""
         if (boxes := self._boxes(v, grid)) is not None:
-            return apply_map(weights, v, boxes, self.sink.v)
+            return apply_map(weights, v, boxes, self.sink("v"))
         v = self._entering(v, "v", grid)
-        v = self.sink.before(v, self.sink.v, weights.shape[-1] - v.shape[2])
+        v = self.sink.before(v, self.sink("v"), weights.shape[-1] - v.shape[2])
         return self._unfold(weights.to(v.dtype) @ v, grid)
 
     def column_mass(self, q: Tensor, k: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Heads(nn.Module):
         q, k = (x.detach().transpose(1, 2) for x in (q, k))  # in whatever order: all attend all
         if self.approximation is not None:
             q, k = self.approximation(q, "q"), self.approximation(k, "k")
-        k = self._with_sink(k, self.sink.k, None)
+        k = self._with_sink(k, self.sink("k"), None)
         return column_mass(q, k, self.normaliser, self.sink.logit(q))[:, self.sink.count :]
 
     def on_ring(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, ring: Ring, state: RingState) -> Tensor:
@@ -174,7 +174,7 @@ class Heads(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, support: Support | None, mask: Tensor | None, rows: Tensor | None = None
     ) -> Tensor:
         """q [S, heads, n, D] on k, v [S, heads, m, D] and the sink -> [S, heads, n, D]."""
-        k, v = self._with_sink(k, self.sink.k, support), self._with_sink(v, self.sink.v, support)
+        k, v = self._with_sink(k, self.sink("k"), support), self._with_sink(v, self.sink("v"), support)
         if self.makes_map:
             return self._map(q, k, support, mask, rows) @ v
         if support is None:
@@ -186,7 +186,7 @@ class Heads(nn.Module):
     ) -> Any:
         """The same for tokens [B, N, heads, D] that stay where they are: short sequences by kernels."""
         mask = None if support is None else self._mask(support, len(q) * boxes.count)
-        sink_k, sink_v, logit = self.sink.k, self.sink.v, self.sink.logit(q)
+        sink_k, sink_v, logit = self.sink("k"), self.sink("v"), self.sink.logit(q)
         return short_attention(
             q, k, v, boxes, self.normaliser, logit, sink_k=sink_k, sink_v=sink_v, mask=mask, return_map=return_map
         )
@@ -233,7 +233,7 @@ class Heads(nn.Module):
 
     def _sum_features(self, phi: nn.Module, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """The same by sums over all keys (linear attention); under `causal` frame by frame."""
-        k, v = self._with_sink(k, self.sink.k, None), self._with_sink(v, self.sink.v, None)
+        k, v = self._with_sink(k, self.sink("k"), None), self._with_sink(v, self.sink("v"), None)
         causal = any(isinstance(leaf, Causal) for leaf in leaves(self.group.pattern))
         chunk = math.prod(self.layout.extents(grid)[1:]) if causal else None  # places of a frame
         mask = self._key_mask(grid, q)
@@ -442,7 +442,7 @@ class Mixer(nn.Module):
         q, k, v = (plain.fold(x[:, r:], grid) for x in (q, k, v))  # [S, heads, n, D]
         places = min(memory.keys.segment, grid.t) * math.prod(plain.extents(grid)[1:])
         recalled, after = memory.recall(q, k, v, places, before)
-        own = memory.mix(local[:, r:], plain.unfold(recalled, grid))
+        own = memory(local[:, r:], plain.unfold(recalled, grid))
         return (torch.cat([local[:, :r], own], dim=1) if r else own), after
 
     def _on_ring(

@@ -92,7 +92,7 @@ class Infini(nn.Module):
             out.append(recalled)
         return out[0] if len(out) == 1 else torch.cat(out, dim=2), state
 
-    def mix(self, local: Tensor, recalled: Tensor) -> Tensor:
+    def forward(self, local: Tensor, recalled: Tensor) -> Tensor:
         """g recalled + (1 - g) local, both [B, N, heads, D]."""
         return torch.lerp(local, recalled, self.gate.sigmoid().to(local.dtype)[:, None])
 

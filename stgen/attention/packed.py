@@ -84,7 +84,8 @@ def _linear(weights: list[Tensor], biases: list[Tensor]) -> nn.Linear:
     """A linear layer with these rows one below the other."""
     weight, bias = torch.cat(weights), torch.cat(biases)
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    trained = weights[0].requires_grad
+    layer.weight, layer.bias = nn.Parameter(weight, trained), nn.Parameter(bias, trained)
     return layer
 
 
@@ -94,5 +95,10 @@ def _without_adapter(module: Packed, name: str) -> nn.Linear:
         raise ValueError(
             f"{name} carries an adapter ({type(layer).__name__}), so the projections cannot be packed or opened; "
             "unload_lora() first, after fuse_lora() if its effect shall stay"
+        )
+    if layer.weight.is_meta:
+        raise ValueError(
+            f"{name} is offloaded, so the projections cannot be packed or opened; load adapters for to_q, to_k or to_v before "
+            "enable_sequential_cpu_offload()"
         )
     return layer

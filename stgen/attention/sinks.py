@@ -14,7 +14,11 @@ START = 0.02  # standard deviation of a sink's rows: at first it weighs about as
 
 
 class Sink(nn.Module):
-    """The sink of some heads: a `logit` [heads] or None, and rows of keys and values or None."""
+    """The sink of some heads: a `logit` [heads] or None, and rows `k` and `v` [heads, count, D] or None.
+
+    Learned ones are read by a call, `sink("k")`: what offloads weights brings those of a module back when it is called, and
+    away afterwards (hence a view, which stays).
+    """
 
     no_decay = ("learned_logit", "k", "v")
 
@@ -34,16 +38,21 @@ class Sink(nn.Module):
                     self.k = nn.Parameter(START * torch.randn(heads, count, head_dim))
                 self.v = nn.Parameter(START * torch.randn(heads, count, head_dim))
 
+    def forward(self, name: str) -> Tensor | None:
+        """What is learned under `name`: `learned_logit`, `k` or `v`."""
+        learned = getattr(self, name)
+        return None if learned is None else learned.view_as(learned)
+
     @property
     def count(self) -> int:
         """Rows of keys and values."""
         return 0 if self.v is None else self.v.shape[1]
 
     def logit(self, like: Tensor) -> Tensor | None:
-        """The score that takes mass, [heads], of the type and on the device of `like`."""
+        """The score that takes mass, [heads]: a fixed one of the type and on the device of `like`, a learned one as it is."""
         if self.fixed_logit is not None:
             return torch.full((self.heads,), self.fixed_logit, dtype=like.dtype, device=like.device)
-        return self.learned_logit
+        return self("learned_logit")
 
     def before(self, x: Tensor, rows: Tensor | None, places: int) -> Tensor:
         """Keys or values x [S, heads, m, D] with the sink's rows before them, filled up with zeros to `places`."""

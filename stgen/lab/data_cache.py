@@ -17,10 +17,10 @@ from queue import Empty
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from stgen import build, codec, config, dataset, latent_cache, schema, source, tensor_store, text
+from stgen import build, codec, config, dataset, latent_cache, schema, source, tensor_store, text, video
 from stgen.checkpoint import StopSignals
 from stgen.flops import readable
 from stgen.latent_cache import Embeddings, Key, Latents
@@ -57,7 +57,7 @@ def cache(cfg: schema.Config, jobs: int = 1, prune: bool = False) -> str | None:
         latents = Latents(cfg, folder, recipe)
         _tell_clips(latents, target)
         _check_room(latents, codec.as_codec(component), cfg, target)
-        todo, began = latents.missing, time.monotonic()
+        todo, began = latents.missing + latents.rejected, time.monotonic()  # a file may be whole by now
         del component  # each process loads its own
         _run(encode_clips, _shares(cfg, folder, todo, device, jobs), "encoding clips", "clip", stop)
         if stop.requested:
@@ -71,11 +71,12 @@ def cache(cfg: schema.Config, jobs: int = 1, prune: bool = False) -> str | None:
 def _codec(cfg: schema.Config, folder: dataset.VideoFolder, device: torch.device) -> Any:
     """The codec on its device; one that is fitted to the folder is fitted once, and kept with the cache."""
     component = build.build_codec(cfg).to(device)
-    if hasattr(component, "fit") and latent_cache.codec_file(cfg).exists():
-        latent_cache.load_codec(cfg, component)
-    elif hasattr(component, "fit"):
+    if not hasattr(component, "fit"):
+        return component
+    if not latent_cache.codec_file(cfg).exists():
         source.fit_or_load_codec(cfg, component, folder, folder.split(cfg.data.held_out_clips)[0], None)
         latent_cache.save_codec(cfg, component)
+    latent_cache.load_codec(cfg, component)  # another machine's, perhaps
     return component
 
 
@@ -98,7 +99,8 @@ def _missing_prompts(cfg: schema.Config, wanted: Sequence[str]) -> list[str]:
 def _tell_clips(latents: Latents, target: Path) -> None:
     tqdm.write(f"{len(latents.wanted)} clips of {len(latents.folder)} videos are wanted in {target}")
     for why, names in latents.whys().items():
-        tqdm.write(f"  {len(names)} videos {why}: {', '.join(names[:3])}{', …' * (len(names) > 3)}")
+        shown = config.one_line(", ".join(names[:3]))  # a terminal may refuse bytes that are no UTF-8
+        tqdm.write(f"  {len(names)} videos {why}: {shown}{', …' * (len(names) > 3)}")
 
 
 def _check_room(latents: Latents, encoder: codec.Codec, cfg: schema.Config, target: Path) -> None:
@@ -123,7 +125,7 @@ def _farewell(cfg: schema.Config, latents: Latents, target: Path, prune: bool, s
     size = readable(sum(file.stat().st_size for file in target.glob("*.safetensors")), "B")
     tqdm.write(f"{target} holds {len(latents.wanted)} clips of {len(latents.folder)} videos, {size} in all{speed}")
     for name, reason in latents.rejects[:5]:
-        tqdm.write(f"  {name} cannot be read, another stands for it: {reason}")
+        tqdm.write(config.one_line(f"  {name} cannot be read, another stands for it: {reason}"))
     if others and prune:
         for shard in others:
             tensor_store.remove(shard)
@@ -238,26 +240,22 @@ class _Clips(Dataset):
 
     def __getitem__(self, place: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
         index, number = self.keys[place]
-        entry = latent_cache.entry_of(self.folder, (index, number))
-        try:
-            return self.folder.within((index,))[index, number]["frames"], entry
-        except RuntimeError as error:
-            name = self.folder.name(index)
-            return None, {**entry, "rejected": str(error).rpartition(f"{name}: ")[2]}
+        with self.folder.noted(index):
+            entry = latent_cache.entry_of(self.folder, (index, number))
+            if "rejected" in entry:
+                return None, entry
+            try:
+                return self.folder.frames(index, number), entry
+            except video.VideoError as error:
+                return None, {**entry, "rejected": error.reason}
 
 
 def _decoded(share: Share) -> Iterable[tuple[torch.Tensor | None, dict[str, Any]]]:
-    clips = _Clips(share.folder, share.todo)
-    options: dict[str, Any] = {}
-    if share.workers:
-        timeout = share.cfg.data.decode_timeout
-        options = {"multiprocessing_context": "forkserver", "timeout": timeout, "worker_init_fn": _start_worker}
-    return DataLoader(clips, batch_size=None, collate_fn=_as_it_is, num_workers=share.workers, **options)
+    folder, options = dataset.watched(share.folder, share.workers, share.cfg.data.decode_timeout)
+    options |= {"batch_size": None, "collate_fn": _as_it_is}
+    clips, todo = _Clips(folder, share.todo), share.todo
+    return dataset.NamedLoader(clips, folder, lambda place: todo[place : place + 1], **options)
 
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

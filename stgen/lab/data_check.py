@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from stgen import dataset, latent_cache, schema, source, text, video
 from stgen.lab import data_page
-from stgen.sizes import Size
+from stgen.sizes import Size, scale
 
 FRAMES_SHOWN = 6  # of a clip on the contact sheet
 SECONDS = (1, 2, 4, 8, 16, 32, 64)  # borders between the rows of durations
@@ -125,25 +125,20 @@ def _clips(folder: dataset.VideoFolder, cfg: schema.Config) -> list[dict[str, An
     rows = []
     for size, group in zip(folder.sizes, folder.by_size(range(len(folder))), strict=True):
         samples = [folder.samples[i] for i in group]
-        spans = [_span(size, sample.info.fps, cfg.data.fps) for sample in samples]
-        scales = [max(size.height / s.info.height, size.width / s.info.width) for s in samples]
+        spans = [folder.span(sample.info, size) for sample in samples]
+        scales = [scale(sample.info, size) for sample in samples]
         kept = [_share_kept(size, s.info) for s in samples]
         rows.append(
             {
                 "size": str(size),
                 "videos": len(samples),
                 "clips": sum((s.last - s.first) // span for s, span in zip(samples, spans, strict=True)),
-                "enlarged": sum(scale > 1 for scale in scales),
+                "enlarged": sum(each > 1 for each in scales),
                 "largest_scale": max(scales, default=None),
                 "frame_kept": sum(kept) / len(kept) if kept else None,
             }
         )
     return rows
-
-
-def _span(size: Size, rate: float, wanted: float | None) -> int:
-    """Source frames that a clip reaches over."""
-    return video.offsets(size.num_frames, rate / wanted if wanted else 1.0)[-1] + 1
 
 
 def _share_kept(size: Size, info: video.Info) -> float:
@@ -181,10 +176,7 @@ def _stills(folder: dataset.VideoFolder, index: int, cfg: schema.Config | None) 
     """A clip as training sees it first; without a config, frames from all over the video."""
     sample = folder.samples[index]
     if cfg is not None:
-        try:
-            return video.Clip(folder.within((index,))[index, 0]["frames"].transpose(0, 1), 1.0)
-        except RuntimeError as error:
-            raise video.VideoError(sample.name, str(error).rpartition(f"{sample.name}: ")[2]) from None
+        return video.Clip(folder.frames(index, 0).transpose(0, 1), 1.0)
     count = min(FRAMES_SHOWN, sample.last - sample.first)
     step = (sample.last - sample.first) / count
     frames = [video.read(sample.path, sample.first + int(i * step), 1).frames for i in range(count)]

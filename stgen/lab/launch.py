@@ -1,5 +1,6 @@
 """`stgen launch`: the command line, or the SLURM script, that trains a config on many GPUs. Nothing of it is run by a shell."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,9 @@ from stgen import schema
 from stgen.distributed_spec import unequal
 
 PORT = 29500
+# Seconds that torchrun gives ranks to end their step and to save, of the 300 that SLURM gives; versions that do not know
+# the variable give 30.
+PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}
 
 
 class LaunchError(ValueError):
@@ -61,6 +65,7 @@ def script(cfg: schema.Config, command: Sequence[str], nodes: int, processes: in
             "#SBATCH --signal=TERM@300",
             "# The run folder and the videos must lie where all nodes see them.",
             'HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            *(f"export {name}={seconds}" for name, seconds in PATIENCE.items()),
             f"srun {line(command)}",
         ]
     )
@@ -78,7 +83,9 @@ def launch(
         raise LaunchError(fault)
     command = torchrun(config, overrides, nodes, processes)
     if dry_run:
-        print(f"# {_where(nodes)}\n{line(command)}\n\n# as a SLURM script: save it and submit it with sbatch\n")
+        print(
+            f"# {_where(nodes)}\n{_patient()} {line(command)}\n\n# as a SLURM script: save it and submit it with sbatch\n"
+        )
         print(script(cfg, command, nodes, processes))
     elif nodes > 1:
         raise LaunchError(
@@ -86,6 +93,10 @@ def launch(
         )
     else:
         _run(command)
+
+
+def _patient() -> str:
+    return " ".join(f"{name}={seconds}" for name, seconds in PATIENCE.items())
 
 
 def _where(nodes: int) -> str:
@@ -98,7 +109,7 @@ def _where(nodes: int) -> str:
 
 def _run(command: Sequence[str]) -> NoReturn:
     """Run the launcher and end as it does. It tells its ranks to save when it is stopped, so that it is not to be cut off."""
-    process = subprocess.Popen([sys.executable, *command])
+    process = subprocess.Popen([sys.executable, *command], env={**PATIENCE, **os.environ})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
     signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     code = process.wait()

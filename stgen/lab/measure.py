@@ -38,7 +38,6 @@ READ = 32  # training clips in memory at once
 REDUCED = (16, 32)  # frames and rows or columns at most, of the pixels in which the nearest training clip is looked for
 MATMUL = {"cpu": 1024, "cuda": 8192}  # size of the products that give a device's peak
 REPEATS = 10  # of them
-STATE_BYTES = 20  # of a parameter: weight, gradient, two moments, average
 
 
 class MeasureError(ValueError):
@@ -327,7 +326,7 @@ def counted_memory(one: _Subject, text_tokens: int) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         transformer = build.build_transformer(cfg, shape, width)
         kept = flops.activation_bytes(transformer, shape, (text_tokens, width), clips, bf16)
-    return STATE_BYTES * flops.trainable(one.parts.trained) + kept
+    return flops.STATE_BYTES * flops.trainable(one.parts.trained) + kept
 
 
 def peak_flops(device: torch.device, bf16: bool, threads: int | None = None) -> float:

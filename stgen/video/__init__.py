@@ -9,6 +9,7 @@ from stgen.video.clip import Info as Info
 from stgen.video.clip import VideoError as VideoError
 from stgen.video.clip import offsets as offsets
 from stgen.video.files import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from stgen.video.files import OTHER_SUFFIXES as OTHER_SUFFIXES
 from stgen.video.files import SUFFIXES as SUFFIXES
 from stgen.video.files import is_image as is_image
 from stgen.video.reading import probe as probe

@@ -65,8 +65,11 @@ def read(path: str | Path | Member, start: int = 0, num_frames: int | None = Non
         arrays = _SOURCES[_kind(file)].read(file, wanted)
         if len({array.shape for array in arrays}) > 1:
             raise VideoError(path, "changes its frame size on the way")
-        frames = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # [T, 3, H, W]
-        return Clip(frames, info.fps / step)
+        frames = np.empty((num_frames, 3, *arrays[0].shape[:2]), np.uint8)
+        while arrays:  # let go of one by one, or a long clip would be held twice
+            array = arrays.pop()
+            frames[len(arrays)] = array.transpose(2, 0, 1)
+        return Clip(torch.from_numpy(frames), info.fps / step)  # [T, 3, H, W]
 
 
 def _fitting(frames: int, step: float) -> int:

@@ -19,21 +19,29 @@ FOLDER_FPS = 8.0  # a folder of images has no rate of its own
 
 def frame_files(folder: Path) -> list[Path]:
     """The images of a folder of frames by number; empty if it holds anything else or two of the same number."""
-    numbered = {}
+    numbered, prefixes = {}, set()
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        number = frame_number(entry.name)
+        prefix, number = _parts(entry.name)
         if number is None or not entry.is_file() or number in numbered:
             return []
         numbered[number] = Path(entry.path)
+        prefixes.add(prefix)
+    if len(prefixes) > 1 and any(re.search(r"\d", prefix) for prefix in prefixes):
+        return []  # cat1_7.png and cat2_8.png are of two clips
     return [numbered[number] for number in sorted(numbered)]
 
 
 def frame_number(name: str) -> int | None:
     """12 for frame_0012.png; None for a name that is not one of a numbered image."""
-    match = re.fullmatch(r"\D*(\d{1,18})\.(png|jpe?g|webp|bmp)", name, re.IGNORECASE)
-    return int(match[1]) if match else None
+    return _parts(name)[1]
+
+
+def _parts(name: str) -> tuple[str, int | None]:
+    """What stands before the number of an image, and the number."""
+    match = re.fullmatch(r"((?:.*\D)?)(\d{1,18})\.(?:png|jpe?g|webp|bmp)", name, re.IGNORECASE | re.DOTALL)
+    return (match[1], int(match[2])) if match else ("", None)
 
 
 @contextmanager

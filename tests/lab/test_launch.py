@@ -1,5 +1,6 @@
 """`stgen launch`: the lines it prints are those that torchrun and a shell take, and what cannot be started is told."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,8 @@ def test_one_node_meets_by_itself_and_words_survive_the_shell(config, capsys):
     prompt = "validation.prompts=['a $HEAD `x`; \"y\"']"
     command, script = printed(capsys, config, "--gpus-per-node", "4", prompt)
     words = shlex.split(command)
+    patience, *words = words
+    assert patience == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270" and f"export {patience}" in script.splitlines()
     assert words[:4] == ["python", "-m", "torch.distributed.run", "--standalone"]
     assert words[4:] == ["--nproc_per_node=4", "-m", "stgen", "train", config, prompt]
     assert shlex.split(script.splitlines()[-1])[1:] == [*words, "run.resume_from_checkpoint=latest"]
@@ -90,8 +93,9 @@ def test_without_dry_run_torchrun_is_run_and_its_end_is_ours(config, monkeypatch
     started = []
 
     class Process:
-        def __init__(self, words):
+        def __init__(self, words, env):
             started.append(words)
+            assert env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "270" and env["PATH"] == os.environ["PATH"]
 
         def wait(self):
             return ended

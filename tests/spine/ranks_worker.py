@@ -5,6 +5,7 @@
 JOBS.json: [{name, overrides, and at most one fault}]. Each job's outcome on each rank is written beside it.
 """
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from stgen import config, ranks, schema, train
+from stgen import checkpoint, config, ranks, schema, train
 from stgen.objective import Objective
 
 
@@ -65,6 +66,23 @@ def nan_loss():
     return lambda: (undo(), setattr(Objective, "loss", honest))
 
 
+def full_disk():
+    """Rank 1 cannot write what it holds."""
+    honest = checkpoint.save_file
+
+    def save_file(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if ranks.rank() == 1:
+        checkpoint.save_file = save_file
+    return lambda: setattr(checkpoint, "save_file", honest)
+
+
+def nan_on_full_disk():
+    undo = nan_loss(), full_disk()
+    return lambda: [each() for each in undo]
+
+
 def failing():
     raise train.TrainingError("rank one stumbled")
 
@@ -82,6 +100,8 @@ FAULTS = {
     "raise": lambda: at_step(2, 1, failing),
     "kill": lambda: at_step(7, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "elsewhere": elsewhere,
+    "full": full_disk,
+    "nan_full": nan_on_full_disk,
 }
 
 if __name__ == "__main__":

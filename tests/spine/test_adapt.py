@@ -260,6 +260,33 @@ def test_gradients_are_those_of_the_masked_model_and_gradient_checkpointing_chan
         assert (again[name] - gradient).abs().max() <= scale, name
 
 
+def test_blocks_run_again_on_the_grid_of_their_own_pass(float64):
+    """Two clips of as many tokens and another shape, before one backward pass."""
+    model, first = WAN.model(float64).train(), WAN.inputs(float64)
+    second = {**first, "hidden_states": first["hidden_states"].transpose(3, 4).contiguous()}
+    adaptation = stgen.adapt(model, "{pattern: {kind: local, radius: 1}}")
+
+    def gradients():
+        model.zero_grad()
+        sum(model(**inputs)[0].square().sum() for inputs in (first, second)).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    assert all(relative(again, own) <= 1e-9 for again, own in zip(gradients(), plain, strict=True))
+    own = model._gradient_checkpointing_func.own
+    adaptation.restore()
+    assert model._gradient_checkpointing_func is own
+
+
+@pytest.mark.parametrize("spec", ["{sink: logit}", "{sink: tokens}", "{normaliser: {kind: linear, features: learned}}"])
+def test_learned_parts_of_a_model_in_half_precision_stay_exact(spec):
+    model = WAN.model(torch.bfloat16)
+    adaptation = stgen.adapt(model, spec)
+    model(**WAN.inputs(torch.bfloat16))[0].float().square().mean().backward()
+    assert {(p.dtype, p.grad is None) for p in adaptation.parameters()} == {(torch.float32, False)}
+
+
 def test_learned_parts_are_trained_saved_and_loaded(tmp_path):
     model, inputs = WAN.model().train(), WAN.inputs()
     model.requires_grad_(False)
@@ -427,7 +454,19 @@ def test_ltx_needs_the_size_of_the_clip():
         run(model, inputs)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": {"0": {"sink": {"kind": "logit"}}}, "grid": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"layers": {"0": {"sink": {"kind": "logit"}}}, "grid": null}',
+        '{"layers": "{}", "grid": null}',
+        '{"layers": {}, "grid": 3}',
+        '{"layers": {}, "grid": [1, 2]}',
+        '{"layers": {}, "grid": [1, 2, "x"]}',
+    ],
+)
 def test_a_folder_that_holds_no_adaptation_is_refused(tmp_path, content):
     (tmp_path / "stgen_attention.json").write_text(content)
     said = told(WAN.model(), tmp_path)

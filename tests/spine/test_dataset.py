@@ -133,6 +133,58 @@ def test_bad_rows_are_refused_by_line(folder):
     assert next(s.caption for s in found.samples if s.path == folder / "a.mp4") == "words"
 
 
+def test_a_row_may_write_separators_and_accents_as_another_system_does(tmp_path):
+    for name in ("a.mp4", "caf\u00e9.mp4", "nin\u0303o.mp4"):
+        make(tmp_path / "clips" / name)
+    rows = [{"video": name, "text": "x"} for name in ("clips\\a.mp4", "clips/cafe\u0301.mp4", "clips\\ni\u00f1o.mp4")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"video": "..\\x.mp4", "text": "x"}])))
+    found = VideoFolder(tmp_path, **SIZE, max_reject_fraction=1)
+    assert [sample.caption for sample in found.samples] == ["x"] * 3
+    assert [path for path, _ in found.rejects] == ["metadata.jsonl:4"]
+
+
+def test_numbered_images_that_metadata_names_are_images(tmp_path):
+    make(tmp_path / "images")
+    make(tmp_path / "frames")
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    rows = [json.dumps({"file_name": f"images/{name}", "text": name}) for name in names[:-1]]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*rows, '{"video": "frames", "text": "a clip"}']))
+    assert list(captions(tmp_path).values()) == ["a clip"]
+    found = VideoFolder(tmp_path, **SIZE | {"num_frames": 1})
+    assert [sample.caption for sample in found.samples] == ["a clip", *names[:-1], ""] and not found.rejects
+
+
+def test_frames_of_clips_with_numbers_in_their_names(tmp_path):
+    for folder, prefixes in (
+        ("one", ["clip1_"]),
+        ("rate", ["1080p_"]),
+        ("shot", ["shot2-"]),
+        ("mixed", ["cat1_", "cat2_"]),
+    ):
+        make(tmp_path / folder)
+        for number, file in enumerate(sorted((tmp_path / folder).iterdir())):
+            file.rename(file.with_name(f"{prefixes[number % len(prefixes)]}{number:04d}.png"))
+    found = VideoFolder(tmp_path, **SIZE)
+    assert [found.name(i) for i in range(len(found))] == ["one", "rate", "shot"]
+    assert found.samples[0].info.frames == 12
+
+
+def test_videos_of_formats_that_are_not_read_are_named(tmp_path):
+    make(tmp_path / "a.mkv")
+    for name in ("b.wmv", "c.TS", "d.3gp"):
+        (tmp_path / name).write_bytes(b"x")
+    reasons = reject(tmp_path)
+    assert reasons.keys() == {"b.wmv", "c.TS", "d.3gp"}
+    assert reasons["c.TS"].startswith("is of a format that is not read; convert it to one of .mp4")
+
+
+def test_a_field_too_long_for_csv_is_not_taken_for_bad_text(tmp_path):
+    make(tmp_path / "a.mkv")
+    (tmp_path / "metadata.csv").write_text("video,text\na.mkv," + "x" * 200_000 + "\n")
+    with pytest.raises(DataError, match=r"field larger than field limit.*; mend it, or write metadata.jsonl instead"):
+        captions(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

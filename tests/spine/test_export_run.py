@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from test_sample import CAPTIONS, make
 
 from stgen import build, cli, export
+from stgen.lora import LoraError
 from stgen.model import VideoTransformer
 from stgen.pipeline import VideoPipeline
 from stgen.saved import SavedError
@@ -90,10 +92,15 @@ def test_types_and_variants(run, tmp_path):
     weights = out / "transformer/diffusion_pytorch_model.bf16.safetensors"
     with safe_open(weights, framework="pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
-    loaded = VideoPipeline.from_pretrained(out, variant="bf16", torch_dtype=torch.bfloat16)
+    types = '{"transformer": torch.bfloat16, "text_encoder": torch.bfloat16, "default": torch.float32}'
+    assert f'variant="bf16", torch_dtype={types}' in (out / "README.md").read_text()
+    loaded = VideoPipeline.from_pretrained(
+        out,
+        variant="bf16",
+        torch_dtype={**dict.fromkeys(["transformer", "text_encoder"], torch.bfloat16), "default": torch.float32},
+    )
     assert (
-        loaded.transformer.dtype == torch.bfloat16
-        and 'variant="bf16", torch_dtype=torch.bfloat16' in (out / "README.md").read_text()
+        loaded.transformer.dtype == loaded.text_encoder.dtype == torch.bfloat16 and loaded.codec.dtype == torch.float32
     )
     ours, theirs = latents(loaded).float(), latents(VideoPipeline.from_pretrained(run / "final"))
     assert 0 < (ours - theirs).abs().max() < 0.2 * theirs.abs().max()
@@ -193,6 +200,9 @@ class FakeApi:
         self.calls.append(("create", name, options))
         return f"https://huggingface.co/{name}"
 
+    def model_info(self, name):
+        return SimpleNamespace(private=self.calls[0][2]["private"] and name != "someone/public")
+
     def upload_folder(self, repo_id, folder_path, **options):
         self.calls.append(("upload", repo_id, files(Path(folder_path))))
 
@@ -206,6 +216,15 @@ def test_pushing_makes_a_private_repository_and_uploads_the_folder(run, tmp_path
     ]  # fmt: skip
     assert "pushed to https://huggingface.co/someone/clips" in capsys.readouterr().out
     assert 'from_pretrained("someone/clips")' in (out / "README.md").read_text()
+
+
+def test_a_repository_that_is_public_is_not_written_to_unasked(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    FakeApi.calls.clear()
+    assert "add --public" in refused(capsys, run, tmp_path / "out", "--push_to_hub", "someone/public")
+    assert [what for what, *_ in FakeApi.calls] == ["create"]
+    door(run, tmp_path / "again", "--push_to_hub", "someone/public", "--public")
+    assert FakeApi.calls[-1][0] == "upload"
 
 
 def test_a_push_that_fails_leaves_the_folder(run, tmp_path, capsys, monkeypatch):
@@ -264,6 +283,24 @@ def test_a_repository_is_judged_like_a_folder(hub, tmp_path):
         VideoPipeline.from_pretrained("someone/clips")
 
 
+@pytest.mark.parametrize("hidden", [{"auto_map": {"a": "b"}}, [{"quantization_config": {}}]])
+def test_what_leads_elsewhere_is_found_deep_in_a_config(tmp_path, hidden):
+    make().save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "text_config": {"more": hidden}}))
+    with pytest.raises(SavedError, match="sends its reader to other code"):
+        VideoPipeline.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_without_settings_is_sampled(tmp_path):
+    make().save_pretrained(tmp_path / "run")
+    index = tmp_path / "run/model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "sampling": None, "objective": None}))
+    size = ["--num_frames", "4", "--height", "16", "--width", "16", "--num_inference_steps", "1"]
+    cli.sample([str(tmp_path / "run"), "--prompt", CAPTIONS[0], *size, "--wandb", "disabled", "--device", "cpu"])
+    assert list((tmp_path / "run/samples").glob("*.mp4"))
+
+
 @pytest.mark.parametrize("name", ["someone/other", "../x", "/etc", "a/b/c", "https://x/y"])
 def test_names_of_nothing_are_refused_in_a_sentence(hub, name):
     with pytest.raises(SavedError) as error:
@@ -272,10 +309,48 @@ def test_names_of_nothing_are_refused_in_a_sentence(hub, name):
     assert [asked for asked, _ in hub[1]] == (["someone/other"] if name == "someone/other" else [])
 
 
+def test_raw_weights_are_not_on_the_hub(hub):
+    with pytest.raises(build.BuildError, match="someone/clips is fetched from the hub and holds one set of weights"):
+        build.load_pipeline(Path("someone/clips"), "raw")
+    assert not hub[1]
+
+
+@pytest.mark.parametrize("name", ["runs/quickstart", "mine/typo"])
+def test_a_folder_that_is_not_here_is_not_looked_up_on_the_hub(hub, tmp_path, monkeypatch, name):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = {"runs/quickstart": "runs/quickstart is not here", "mine/typo": "mine/ is a folder here and holds no typo"}
+    with pytest.raises(SavedError, match=words[name]):
+        VideoPipeline.from_pretrained(name)
+    with pytest.raises(build.BuildError, match=words[name]):
+        build.load_pipeline(Path(name))
+    with pytest.raises(LoraError, match=words[name]):
+        VideoPipeline.lora_state_dict(name)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SavedError, match="is a folder here and holds no"):
+        VideoPipeline.from_pretrained(name)
+    assert not hub[1]
+
+
 def test_sampling_from_the_hub_writes_beside_us(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli.sample(["someone/clips", "--prompt", CAPTIONS[0], "--wandb", "disabled", "--device", "cpu"])
     assert (tmp_path / "samples/clips/000-seed0.mp4").is_file() and not (tmp_path / "someone").exists()
+
+
+def test_paths_are_told_by_their_last_name_alone():
+    told = [
+        "/a/b",
+        "../clients/acme",
+        "~/acme",
+        "clients/2026/acme",
+        "./acme",
+        "owner/name",
+        "a red / blue ball",
+        "pca",
+    ]
+    kept = ["b", "acme", "acme", "acme", "acme", "owner/name", "a red / blue ball", "pca"]
+    assert export._without_folders({"x": told}) == {"x": kept}
 
 
 def test_export_needs_no_words_of_its_own():

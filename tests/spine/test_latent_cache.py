@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_codec import cogvideox, dc, kl, ltx, wan
 from test_text import clip, t5, umt5, word_tokenizer
+from torch.utils.data import get_worker_info
 from transformers import ByT5Tokenizer
 
-from stgen import build, config, latent_cache, schema, shapes, source, tensor_store, text, video
+from stgen import build, config, dataset, latent_cache, schema, shapes, source, tensor_store, text, video
 from stgen.codec import CodecError, as_codec, to_unit
 from stgen.lab import data_cache
 from stgen.tensor_store import CacheError
@@ -253,6 +254,131 @@ def test_a_video_that_cannot_be_read_is_replaced_as_without_a_cache(tiny, monkey
     assert name == item["path"] != "04.mp4" and caption == item["caption"]
     assert torch.equal(latents, coder.encode(to_unit(item["frames"][None]))[0])
     assert kept.rejects == [("04.mp4", "is damaged at frame 3")]
+
+
+def test_a_video_that_could_not_be_read_is_tried_again(tiny, monkeypatch, encoded):
+    """Not so a fault of the machine or of ours, which must not be held against the video."""
+    read, faults = video.read, {"04.mp4": video.VideoError("04.mp4", "Input/output error (OSError)")}
+
+    def failing(path, *args):
+        if path.name in faults:
+            raise faults[path.name]
+        return read(path, *args)
+
+    digest = latent_cache._digest
+
+    def unreadable(path, *stamp):
+        if path.name in faults:
+            raise OSError(5, "Input/output error")
+        return digest(path, *stamp)
+
+    monkeypatch.setattr(video, "read", failing)
+    cfg = cached(tiny, WORDS, codec=kl)
+    assert latents_of(cfg)[0].rejects == [("04.mp4", "Input/output error (OSError)")]
+    faults.clear()
+    del encoded[:]
+    data_cache.cache(cfg)
+    kept, folder, coder = latents_of(cfg)
+    assert encoded == ["04.mp4"] and not kept.rejects
+    assert torch.equal(kept[4, 0][0], coder.encode(to_unit(folder[4, 0]["frames"][None]))[0])
+    del encoded[:]
+    faults["05.mp4"] = MemoryError()
+    with pytest.raises(MemoryError):
+        data_cache.cache(tiny(WORDS, "data.height=16", codec=kl))
+    monkeypatch.setattr(latent_cache, "_digest", unreadable)
+    cfg = cached(tiny, WORDS, "data.height=16", codec=kl)
+    assert latents_of(cfg)[0].rejects == [("05.mp4", "cannot be read: Input/output error")]
+
+
+def test_a_video_that_vanishes_meanwhile_is_a_reject(tiny, tmp_path):
+    folder = source.open_folder(tiny(WORDS, codec=kl), tmp_path)[0]
+    (tmp_path / "videos" / "03.mp4").unlink()
+    frames, entry = data_cache._Clips(folder, [(3, 0)])[0]
+    assert frames is None and entry["rejected"] == "cannot be read: No such file or directory"
+    assert latent_cache._File(folder.samples[3].path).is_that_of(entry)
+
+
+def test_names_that_are_no_utf8_are_kept(tiny, tmp_path):
+    cfg = tiny(WORDS, codec=kl)
+    odd = os.fsdecode(os.fsencode(tmp_path / "videos") + b"/odd\xff.mp4")
+    (tmp_path / "videos" / "03.mp4").rename(odd)
+    data_cache.cache(cfg)
+    kept, folder, _ = latents_of(tiny("data.cache=disk", WORDS, codec=kl))
+    index = [folder.name(i) for i in range(12)].index("odd\udcff.mp4")
+    assert kept[index, 0][2] == "odd\udcff.mp4"
+    frames = tmp_path / os.fsdecode(b"frames\xff")
+    video.write(frames, video.Clip(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 8.0))
+    first = next(frames.iterdir())
+    first.rename(os.fsdecode(os.fsencode(frames) + b"/\xff_0.png"))
+    assert len(latent_cache.digest(frames)) == 64
+
+
+def test_a_file_of_many_clips_is_hashed_once(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    hashed, sha256 = [], latent_cache.hashlib.sha256
+    monkeypatch.setattr(latent_cache.hashlib, "sha256", lambda *content: hashed.append(content) or sha256(*content))
+    first = latent_cache.digest(tmp_path / "a.mp4")
+    assert latent_cache.digest(tmp_path / "a.mp4") == first and len(hashed) == 1
+    (tmp_path / "a.mp4").write_bytes(b"yy")
+    assert latent_cache.digest(tmp_path / "a.mp4") != first
+
+
+def test_of_two_machines_that_fit_a_codec_the_first_decides(tiny, tmp_path, monkeypatch):
+    cfg = tiny(WORDS, "codec={kind: pca, patch_size: [1, 8, 8], components: 5, fit_clips: 8}")
+    folder, other = source.open_folder(cfg, cfg.output_dir)[0], build.build_codec(cfg)
+    other.mean.data.fill_(7)
+    tensor_store.prepare(tmp_path / "videos-cache")
+    fit = source.fit_or_load_codec
+
+    def beaten(*args):
+        fit(*args)
+        latent_cache.save_codec(cfg, other)
+
+    monkeypatch.setattr(source, "fit_or_load_codec", beaten)
+    component = data_cache._codec(cfg, folder, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(component.parameters(), other.parameters(), strict=True))
+    assert not list((tmp_path / "videos-cache").glob(".*"))
+
+
+def test_workers_that_hang_are_told_with_the_file(tiny, tmp_path):
+    cfg = tiny(WORDS, "data.dataloader_num_workers=1", "data.decode_timeout=4", codec=kl)
+    folder = source.open_folder(cfg, cfg.output_dir)[0]
+    folder.samples[3] = Slow(**vars(folder.samples[3]))
+    share = data_cache.Share(cfg, folder, [(2, 0), (3, 0)], "cpu", 1, 1)
+    clips = iter(data_cache._decoded(share))
+    assert next(clips)[1]["video"] == "02.mp4"
+    with pytest.raises(
+        dataset.DataError, match=r"timed out after 4 seconds \(data.decode_timeout\).*being read then: 03.mp4"
+    ):
+        next(clips)
+
+
+class Slow(dataset.Sample):
+    """A sample whose file is on a disk that never answers."""
+
+    def __getattribute__(self, name):
+        if name == "path" and get_worker_info() is not None:
+            time.sleep(3600)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("pattern", ["*/a.tar", "?/a.tar", "[xy]/a.tar", "{1..1}/a.tar"])
+def test_the_cache_of_a_pattern_lies_beside_the_folder_of_its_tars(tiny, tmp_path, pattern):
+    for name in "xy1":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "a.tar").touch()
+    cfg = tiny("data.source=webdataset", f"data.train_data_dir={tmp_path}/set/{pattern}", codec=kl)
+    expected = "set/1-cache" if pattern[0] == "{" else "set-cache"
+    assert latent_cache.folder_of(cfg) == tmp_path / expected
+    one = tiny("data.source=webdataset", f"data.train_data_dir={tmp_path}/set/x/a.tar", codec=kl)
+    assert latent_cache.folder_of(one) == tmp_path / "set" / "x" / "a.tar-cache"
+
+
+def test_drafts_of_other_machines_do_not_make_a_folder_foreign(tmp_path):
+    for name in (".12ab34cd-stgen-cache.json", ".DS_Store", ".nfs0001"):
+        (tmp_path / name).touch()
+    tensor_store.prepare(tmp_path)
+    assert (tmp_path / tensor_store.MARKER).is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------- staleness

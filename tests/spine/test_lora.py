@@ -240,6 +240,14 @@ HOSTILE = {
     "another width": {"transformer.blocks.0.mixing.0.branches.0.to_qkv.lora_A.weight": (2, 24)},
     "no adapter": {"transformer.blocks.0.mlp.up.weight": (64, 16)},
     "a text encoder's": {"text_encoder.lora_A.weight": (2, 8)},
+    "no matrix": {
+        "transformer.blocks.0.mixing.0.branches.0.to_qkv.lora_A.weight": (2, 16),
+        "transformer.blocks.0.mixing.0.branches.0.to_qkv.lora_B.weight": (),
+    },
+    "unequal ranks": {
+        "transformer.blocks.0.mixing.0.branches.0.to_qkv.lora_A.weight": (2, 16),
+        "transformer.blocks.0.mixing.0.branches.0.to_qkv.lora_B.weight": (48, 3),
+    },
     "empty": {},
 }
 
@@ -275,6 +283,26 @@ def test_of_a_header_only_numbers_are_taken(home, tmp_path, told):
     assert "antigravity" not in sys.modules
     found = next(iter(pipeline.transformer.peft_config.values()))
     assert not isinstance(found.target_modules, str) and found.auto_mapping is None and found.megatron_config is None
+    model = VideoPipeline.from_pretrained(home / "base/final").transformer
+    model.load_lora_adapter(tmp_path)
+    assert next(iter(model.peft_config.values())) == found and "antigravity" not in sys.modules
+
+
+def test_a_merge_that_fails_within_leaves_the_pipeline_as_it_was(home):
+    pipeline = VideoPipeline.from_pretrained(home / "base/final")
+    pipeline.load_lora_weights(home / "tuned")
+    own = pipeline.transformer
+    with pytest.raises(RuntimeError, match="within"), lora.merged(pipeline):
+        assert pipeline.transformer is not own
+        raise RuntimeError("within")
+    assert pipeline.transformer is own
+
+
+def test_only_safetensors_are_read(home):
+    pipeline = VideoPipeline.from_pretrained(home / "base/final")
+    for load in (pipeline.load_lora_weights, pipeline.transformer.load_lora_adapter):
+        with pytest.raises(LoraError, match=r"weight_name: adapter\.bin is no safetensors file"):
+            load(home / "tuned", weight_name="adapter.bin")
 
 
 @pytest.mark.parametrize(

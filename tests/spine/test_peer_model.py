@@ -33,6 +33,11 @@ KINDS = {
     "token": {"plan": "spatial>temporal", "conditioning": "cross", "modulated": False, "registers": 2},
     "reuse": {"plan": "temporal", "mixers": {"temporal": {"reuse": {"what": "kv", "every": 2}}}},
     "output": {"plan": "temporal", "mixers": {"temporal": {"reuse": {"what": "output", "every": 2}}}},
+    "sink": {
+        "plan": "spatial temporal",
+        "mixers": {"spatial": {"sink": {"kind": "logit"}}, "temporal": {"sink": {"kind": "tokens", "count": 2}}},
+    },
+    "infini": {"plan": "temporal", "mixers": {"temporal": {"memory": {"kind": "infini", "segment": 1}}}},
 }
 APART = ["to_q", "to_k", "to_v", "to_out"]
 
@@ -359,6 +364,22 @@ def test_weights_may_lie_elsewhere_between_calls_of_their_modules(kind):
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert torch.equal(out(model), expected)
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_projections_that_lie_elsewhere_stay_packed():
+    model = build()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"to_qkv is offloaded.*before\s+enable_sequential_cpu_offload"):
+        model.unfuse_qkv_projections()
+    assert torch.equal(out(model), out(build()))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_opened_and_packed_again_frozen_weights_stay_frozen(trained):
+    model = build("cross").requires_grad_(trained)
+    for change in (model.unfuse_qkv_projections, model.fuse_qkv_projections):
+        change()
+        assert {p.requires_grad for p in model.parameters()} == {trained}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -10,7 +11,7 @@ from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 from torch import nn
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from stgen.codec import PatchPCA
+from stgen.codec import PatchPCA, Pixels
 from stgen.model import VideoTransformer
 from stgen.objective import Objective
 from stgen.pipeline import PipelineError, VideoPipeline, build_scheduler
@@ -270,6 +271,44 @@ def test_a_cache_that_goes_by_noise_levels_is_told_them():
     assert 0 < len(calls) < 6 and cached.isfinite().all() and not torch.equal(cached, plain)
     pipeline.transformer.disable_cache()
     assert torch.equal(sample(pipeline, num_inference_steps=6), plain)
+
+
+def elsewhere(pipeline: VideoPipeline) -> VideoPipeline:
+    """Hooked as by enable_sequential_cpu_offload, with the CPU for the device: weights are there only while they are used."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            accelerate.cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    assert pipeline.device.type == "meta"
+    return pipeline
+
+
+def image_codec() -> diffusers.AutoencoderKL:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, layers_per_block=1, latent_channels=4
+    ).eval()
+
+
+@pytest.mark.parametrize("codec", [None, Pixels, image_codec], ids=["pca", "pixels", "autoencoder"])
+@both_encoders
+def test_weights_may_lie_elsewhere_until_they_are_used(text, codec):
+    changed = {} if codec is None else {"codec": codec()}
+    if codec is not None:
+        torch.manual_seed(0)
+        channels = 3 if codec is Pixels else 4
+        changed["transformer"] = VideoTransformer(channels, (4, 8, 8), width=16, heads=2, depth=2, text_width=8).eval()
+    expected = sample(make(text, **changed))
+    assert torch.equal(sample(elsewhere(make(text, **changed))), expected)
+
+
+def test_a_stream_keeps_its_memory_where_it_computes():
+    torch.manual_seed(0)
+    keys = {"plan": "temporal", "mixers": {"temporal": {"memory": {"kind": "infini", "segment": 1}}}}
+    transformer = VideoTransformer(4, (2, 4, 4), width=16, heads=2, depth=1, text_width=8, **keys).eval()
+    options = {"transformer": transformer, "objective": {"frame_times": "past"}}
+    expected = list(make(**options).stream(**asked(num_frames=8, output_type="latent")))
+    found = list(elsewhere(make(**options)).stream(**asked(num_frames=8, output_type="latent")))
+    assert len(expected) > 1 and all(map(torch.equal, expected, found))
 
 
 def test_it_is_a_pipeline_of_diffusers_with_an_order_of_offloading():

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stgen import checkpoint, config, parallel, ranks, schema, shards
-from stgen.build import load_pipeline
+from stgen import buckets, checkpoint, config, parallel, preflight, ranks, schema, shards, validation
+from stgen.build import build_codec, build_parts, load_pipeline
+from stgen.dataset import DataError
+from stgen.objective import Objective
+from stgen.source import Batch
 from stgen.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +40,7 @@ PREPBN = [
     "train.gradient_accumulation_steps=2",
 ]
 BATCH = ["model.modulation=none", "model.norm={kind: batch}", "train.gradient_accumulation_steps=2"]
+HALF = ["train.mixed_precision=bf16", "model.qk_norm=true"]
 DDP, FSDP = ["distributed.kind=ddp"], ["distributed.kind=fsdp"]
 
 
@@ -181,6 +185,72 @@ def test_what_ranks_cannot_share_is_refused_with_its_key(home, monkeypatch):
         config.load(home / "empty.yaml", overrides(home, "x", "distributed.shards=2"), schema.Config)
 
 
+def test_an_error_of_a_lost_rank_says_what_is_known():
+    def words(said: str) -> str:
+        return ranks._lost(RuntimeError(said), 1800.0)
+
+    gone = words("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1\nmore")
+    assert "ended without a word: killed, perhaps for memory" in gone and "distributed.timeout" not in gone
+    assert gone.endswith("(Connection closed by peer [127.0.0.1]:1)".replace("(", "([gloo/transport/tcp/pair.cc:538] "))
+    slow = words("Timed out waiting 1800000ms for recv operation to complete")
+    assert "raise distributed.timeout (now 1800 s)" in slow and "killed" not in slow
+
+
+def test_held_out_clips_are_computed_in_parts_of_training(home, monkeypatch):
+    """As many at once as a rank trains on, the loss being that of all."""
+    (home / "empty.yaml").write_text("{}\n")
+
+    def cfg(*more: str) -> schema.Config:
+        return config.load(home / "empty.yaml", overrides(home, "x", *more), schema.Config)
+
+    parts = build_parts(cfg(), ["a red circle"])
+    batch = Batch(torch.randn(7, *parts.codec.latent_shape(4, 16, 16)), ["a red circle"] * 7, [])
+    sizes, honest = [], validation.losses
+    monkeypatch.setattr(validation, "losses", lambda *args: (sizes.append(len(args[-1])), honest(*args))[1])
+    with torch.no_grad():
+        whole = validation.held_out_loss(cfg(), parts, Objective(), batch)
+        cut = validation.held_out_loss(cfg("train.gradient_accumulation_steps=4"), parts, Objective(), batch)
+    assert sizes == [7, 2, 2, 2, 1] and cut == pytest.approx(whole, rel=1e-5)
+    monkeypatch.setattr(ranks, "size", lambda: 4)
+    assert validation.at_once(cfg(), parts.codec, batch.latents.shape[1:]) == 2
+    bucket = "data.buckets=[{num_frames: 4, height: 16, width: 16, batch_size: 12}]"
+    assert validation.at_once(cfg(bucket), parts.codec, batch.latents.shape[1:]) == 3
+
+
+def test_ranks_that_meet_in_a_pass_do_not_look_for_a_smaller_batch(home, monkeypatch):
+    (home / "empty.yaml").write_text("{}\n")
+    cfg = config.load(home / "empty.yaml", overrides(home, "x", *BATCH), schema.Config)
+    (bucket,) = buckets.plan(cfg, build_codec(cfg))
+    tried = []
+    monkeypatch.setattr(preflight, "_peak", lambda _, bucket, clips, reserve: tried.append(clips))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 10**9))
+    with pytest.raises(DataError, match=r"does not fit.* there; write a lower batch_size there, or raise"):
+        preflight.check_cuda(cfg, bucket, lambda *_: None, 0, alone=False)
+    assert tried == [8]
+    parts = build_parts(cfg, ["a red circle"])
+    assert not preflight._meeting(cfg, parts)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    assert preflight._meeting(cfg, parts)
+    plain = config.load(home / "empty.yaml", overrides(home, "x"), schema.Config)
+    assert not preflight._meeting(plain, build_parts(plain, ["a red circle"]))
+
+
+def test_the_attempt_is_not_in_the_peak_of_training(monkeypatch):
+    called = []
+    for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: called.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert preflight._peak(lambda *_: called.append("attempt"), None, 1, 10) == 7  # type: ignore[arg-type]
+    assert called == ["reset_peak_memory_stats", "attempt", "synchronize", "empty_cache", "reset_peak_memory_stats"]
+
+
+def test_layers_travel_in_bfloat16_where_products_are():
+    half = parallel.policy("bf16")
+    assert (half.param_dtype, half.reduce_dtype, half.cast_forward_inputs) == (torch.bfloat16, torch.float32, False)
+    assert parallel.policy("no").param_dtype is None
+
+
 # ------------------------------------------------------------------------------------------------------- two ranks
 
 
@@ -194,9 +264,12 @@ def two(home) -> tuple[Path, subprocess.CompletedProcess, float]:
     done, seconds = start(home, 2, [
         job(home, "ddp2", *DDP),
         job(home, "fsdp2", *FSDP, "validation.steps=5"),
+        job(home, "half2", *FSDP, *HALF),
         job(home, "prepbn2", *DDP, *PREPBN),
         job(home, "batch2", *FSDP, *BATCH),
         job(home, "nan2", *FSDP, "data.held_out_clips=0", fault="nan"),
+        job(home, "full2", *FSDP, fault="full"),
+        job(home, "nanfull2", *FSDP, "data.held_out_clips=0", fault="nan_full"),
         job(home, "stop2", *FSDP, fault="terminate"),
         job(home, "config2", of_rank={"1": ["train.train_batch_size=16"]}),
         job(home, "videos2", "data.train_data_dir=videos", fault="elsewhere"),
@@ -211,6 +284,16 @@ def test_two_ranks_have_the_curve_of_one_process(two, one, name):
     home, *_ = two
     assert told(home, name).get("error") is None, told(home, name)
     assert_same_curve(home / name, one)
+
+
+def test_weights_sent_in_bfloat16_give_the_losses_of_one_process(two, home):
+    assert told(home, "half2").get("error") is None, told(home, "half2")
+    found, expected = losses(home / "half2"), losses(alone(home, "one-half", *HALF))
+    assert found == pytest.approx(expected, rel=1e-3)
+    state = checkpoint.load(home / "half2" / "checkpoint-10").tensors
+    assert {t.dtype for group in ("model", "ema") for t in state[group].values() if t.is_floating_point()} == {
+        torch.float32
+    }
 
 
 def test_batch_norm_and_schedules_see_the_batch_and_loss_of_all_ranks(two, one_prepbn, one_batch):
@@ -234,6 +317,8 @@ def test_a_run_in_shards_leaves_what_one_process_leaves(two, one):
     )
     names = {f.name for f in (run / "checkpoint-10").iterdir()}
     assert {"model-0-of-2.safetensors", "optimizer-1-of-2.safetensors"} <= names and "model.safetensors" not in names
+    manifest = json.loads((run / "checkpoint-10" / "manifest.json").read_text())
+    assert names == {*manifest["files"], "manifest.json"}
     sizes = [(run / "checkpoint-10" / f"optimizer-{i}-of-2.safetensors").stat().st_size for i in (0, 1)]
     assert sizes[1] > 0.6 * sizes[0]
     for weights in ("ema", "raw"):
@@ -272,6 +357,17 @@ def test_nan_on_one_rank_stops_all_with_its_clips_and_a_dump(two):
     dump = checkpoint.load(home / "nan2" / "not-finite-step-3")
     assert all(t.isfinite().all() for t in dump.tensors["model"].values() if t.is_floating_point())
     assert not (home / "nan2" / "checkpoint-5").exists()
+
+
+def test_a_full_disk_under_one_rank_is_told_on_all_and_hides_no_nan(two):
+    home, *_ = two
+    for rank in (0, 1):
+        error = told(home, "full2", rank)["error"]
+        assert error.startswith("CheckpointError: rank 1: cannot write") and "No space left on device" in error
+        assert "checkpoint-5" in error and "bytes needed" in error and "earlier checkpoints are intact" in error
+        error = told(home, "nanfull2", rank)["error"]
+        assert error.startswith("NotFinite: step 3") and "its tensors could not be kept (rank 1: cannot write" in error
+    assert newest(home / "full2") is None and not [*(home / "full2").glob(".checkpoint-*")]
 
 
 def test_a_signal_to_one_rank_saves_on_all_and_one_process_goes_on(two, one):

@@ -214,3 +214,16 @@ def test_an_unfinished_folder_is_rendered_anew(tmp_path, monkeypatch):
 
 def test_other_folders_have_no_split(tmp_path):
     assert shapes.split_of(tmp_path) is None and shapes.split_of(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize("marker", [None, [], {"recipe": {"clips": 3}}, {"recipe": [1]}, {"name": "mine"}])
+def test_a_folder_of_someone_else_is_left_as_it_is(tmp_path, marker):
+    (tmp_path / "metadata.csv").write_text("mine")
+    (tmp_path / "00000.mp4").write_text("mine")
+    if marker is not None:
+        (tmp_path / shapes.MARKER).write_text(json.dumps(marker))
+    before = written(tmp_path)
+    assert shapes.split_of(tmp_path) is None
+    with pytest.raises(ShapesError, match="holds files that were not rendered here; name a new or an empty folder"):
+        write_folder(tmp_path, **RECIPE)
+    assert written(tmp_path) == before

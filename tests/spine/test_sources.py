@@ -6,6 +6,7 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,26 @@ def test_tars_are_named_by_folder_file_or_pattern(shards):
             tars.find(nothing)
 
 
+def test_tars_are_named_by_a_range_and_by_odd_paths(shards, tmp_path):
+    assert len(open_tars(f"{shards}/clips-{{000..001}}.tar")) == 8
+    with pytest.raises(
+        DataError, match=r"names 5 tars of which 2 are not there, first .*clips-003.tar; mend the range"
+    ):
+        tars.find(f"{shards}/clips-{{000..004}}.tar")
+    odd = tmp_path / "set[1]" / "a[2].tar"
+    odd.parent.mkdir()
+    shutil.copy(shards / "clips-000.tar", odd)
+    assert len(open_tars(odd)) == len(open_tars(odd.parent / "*.tar")) == 4
+
+
+def test_suffixes_in_a_tar_are_read_in_capitals_and_unread_ones_named(shards, tmp_path):
+    clip = (shards.parent / "plain" / "00.mp4").read_bytes()
+    found = open_tars(pack(tmp_path / "a.tar", {"x.MP4": clip, "x.TXT": b"loud", "y.mp4": clip, "y.JSON": b'{"text": "too"}',
+                                                "z.wmv": clip}), max_reject_fraction=1)  # fmt: skip
+    assert [sample.caption for sample in found.samples] == ["loud", "too"]
+    assert "is of a format that is not read; convert it to one of .mp4" in dict(found.rejects)["a.tar/z.wmv"]
+
+
 def test_tars_that_cannot_be_used_are_named(shards, tmp_path):
     shutil.copy(shards / "clips-000.tar", tmp_path / "good.tar")
     pack(tmp_path / "words.tar", {"a.txt": b"no video"})
@@ -372,6 +393,25 @@ def test_an_interrupted_fetch_goes_on(rows, tmp_path, monkeypatch):
     assert len(VideoFolder(folder, **SIZE)) == 12 and not VideoFolder(folder, **SIZE).rejects
 
 
+def test_another_number_of_rows_is_fetched_or_refused(rows, tmp_path):
+    kept = tmp_path / "kept"
+    hub.fetch(str(rows), asked(clips=3), kept)
+    assert len(captions(hub.fetch(str(rows), asked(clips=5), kept))) == 5
+    with pytest.raises(DataError, match=r"data.huggingface.clips: 4, but .* holds 5 rows; write 5, or name another"):
+        hub.fetch(str(rows), asked(clips=4), kept)
+    hub.fetch(str(rows), asked(clips=99), kept)  # there are twelve
+    before = (kept / "metadata.jsonl").stat().st_mtime_ns
+    assert len(captions(hub.fetch(str(rows), asked(clips=50), kept))) == 12
+    assert (kept / "metadata.jsonl").stat().st_mtime_ns == before
+
+
+def test_two_runs_fetch_into_a_folder_one_after_the_other(rows, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: hub.fetch(str(rows), asked(), tmp_path / "kept"), range(2)))
+    names = [json.loads(line)["file_name"] for line in (tmp_path / "kept" / "metadata.jsonl").open()]
+    assert len(names) == len(set(names)) == 12
+
+
 def test_rows_without_a_video_and_rows_that_point_elsewhere(rows, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -424,3 +464,53 @@ def test_a_source_needs_to_be_named(tiny, kind):
 
 def test_shapes_are_rendered_as_ever(tiny):
     assert len(source.known_captions(tiny())) == len(shapes.split(8, 0).seen)
+
+
+def test_a_dry_run_knows_of_images_that_are_clips(tiny, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a still")
+    assert source.known_captions(tiny(f"data.train_data_dir={tmp_path / 'images'}", "data.num_frames=1")) == ["a still"]
+
+
+def test_a_held_out_clip_that_cannot_be_read_is_named(tmp_path, capsys):
+    for name in "abc":
+        make(tmp_path / f"{name}.mkv")
+    found = VideoFolder(tmp_path, **SIZE)
+    (tmp_path / "b.mkv").write_bytes(b"broken since")
+    batch = source.Batch.read(found, [0, 1, 2], codec.Pixels(), torch.device("cpu"))
+    assert len(batch.files) == 3 and "b.mkv" not in batch.files
+    told = "".join(capsys.readouterr())
+    assert f"b.mkv cannot be read, {batch.files[1]} stands for it: " in told
+
+
+def test_each_rank_writes_rejects_of_its_own(tmp_path, tiny, monkeypatch):
+    make(tmp_path / "clips" / "a.mkv")
+    cfg = tiny(f"data.train_data_dir={tmp_path / 'clips'}", "data.held_out_clips=0")
+    found = VideoFolder(tmp_path / "clips", **SIZE)
+    clips = source.Source(cfg, found, [0], codec.Pixels(), torch.device("cpu"), tmp_path)
+    item = {"frames": found[0, 0]["frames"][None], "caption": [""], "path": ["a.mkv"]}
+    for rank in (1, 0):
+        monkeypatch.setattr("stgen.ranks.rank", lambda rank=rank: rank)
+        clips._encoded({**item, "rejects": [(f"{rank}.mkv", "gone")]})
+    assert "1.mkv" in (tmp_path / "rejects-1.jsonl").read_text()
+    assert "1.mkv" not in (tmp_path / "rejects.jsonl").read_text()
+
+
+def test_clips_that_are_large_are_encoded_a_few_at_a_time(tmp_path, tiny, monkeypatch):
+    for i in range(5):
+        make(tmp_path / "clips" / f"{i}.mkv", hue=20 * i)
+    cfg = tiny(f"data.train_data_dir={tmp_path / 'clips'}", "data.held_out_clips=0", "data.cache=memory")
+    found, seen, encode = VideoFolder(tmp_path / "clips", **SIZE), [], codec.Pixels.encode
+    monkeypatch.setattr(codec.Pixels, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+
+    def memory() -> dict:
+        kept = source.Source(cfg, found, range(5), codec.Pixels(), torch.device("cpu"), tmp_path).memory
+        assert kept is not None
+        return kept
+
+    whole = memory()
+    monkeypatch.setattr(source, "FILL", 2 * 3 * 4 * 16 * 16)
+    few = memory()
+    assert seen == [32, 2, 2, 2]
+    assert whole.keys() == few.keys() and all(torch.equal(whole[i][0], few[i][0]) for i in whole)

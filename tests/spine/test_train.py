@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from stgen import config, schema, shapes, source, step, video
+from stgen import train as story
 from stgen.build import build_parts, load_pipeline
 from stgen.checkpoint import CheckpointError
 from stgen.dataset import DataError
@@ -405,6 +407,53 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(tiny, tmp_path):
     )
     assert whole["loss"] == resumed["loss"]
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint-400", tmp_path / "run" / "checkpoint-400")
+
+
+READING = """
+import os, signal, sys, time
+from stgen.dataset import StepSampler, VideoFolder, loader
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a trainer, which ends its step first
+    folder = VideoFolder(sys.argv[1], num_frames=4, height=16, width=16)
+    batches = iter(loader(folder, StepSampler(range(4), 2, 0), 2, 20))
+    next(batches)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(1)
+    print(sum(len(next(batches)["path"]) for _ in range(20)))
+    os._exit(0)
+"""
+
+
+def test_sigterm_to_all_processes_leaves_the_trainer_its_workers(tmp_path):
+    """As torchrun and SLURM send it: more batches come than were read before."""
+    (tmp_path / "reading.py").write_text(READING)
+    folder = write_videos(tmp_path / "videos", 4)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "reading.py"), str(folder)], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "40", done.stderr
+
+
+def test_others_know_of_a_failure_before_the_logger_is_waited_for(tiny, monkeypatch):
+    events = []
+
+    @contextmanager
+    def together(*_):
+        try:
+            yield
+        finally:
+            events.append("told")
+
+    def fail(run):
+        raise TrainingError("stumbled")
+
+    monkeypatch.setattr(story.ranks, "together", together)
+    monkeypatch.setattr(story.Logger, "finish", lambda _: events.append("logger closed"))
+    monkeypatch.setattr(story, "loop", fail)
+    with pytest.raises(TrainingError, match="stumbled"):
+        train(tiny())
+    assert events == ["told", "logger closed"]
 
 
 @pytest.mark.parametrize(
