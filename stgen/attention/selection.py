@@ -39,7 +39,7 @@ class Selection(nn.Module):
         self._pattern = self.pattern
         self.choosers = [leaf.chooser(setting) for leaf in leaves(self._pattern) if isinstance(leaf, Chosen)]
         self.learned = nn.ModuleList(chooser for chooser in self.choosers if isinstance(chooser, nn.Module))
-        self._known: dict[tuple[Grid, torch.device, str, bool, bool], Support] = {}
+        self._known: dict[tuple[Grid, torch.device, str, bool], Support] = {}
 
     @property
     def pattern(self) -> Pattern:
