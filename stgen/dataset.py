@@ -337,6 +337,8 @@ class NamedLoader(DataLoader):
                 reading = ", ".join(self.folder.name(index) for index in self.folder.reading if index >= 0)
                 reason = str(error).strip().splitlines()[-1]  # of a worker, after its traceback
                 reason += f"; being read then: {reading}" if reading else ""
+                for worker in getattr(batches, "_workers", ()):  # one that still starts would tell of it at length
+                    worker.kill()
                 raise DataError(f"no batch for step {step}: {reason}; videos of that batch: {names}") from None
             yield batch
 
